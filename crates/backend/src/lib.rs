@@ -1,0 +1,1 @@
+//! The contract of operations, the scalar reference backend and the conformance suite.

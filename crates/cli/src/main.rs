@@ -1,0 +1,3 @@
+//! The `oxllama` command.
+
+fn main() {}

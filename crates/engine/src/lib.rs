@@ -1,0 +1,1 @@
+//! Sequences, page table, sampler and generation jobs.

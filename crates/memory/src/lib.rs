@@ -1,0 +1,1 @@
+//! Inventory of devices, byte ledger and planner.

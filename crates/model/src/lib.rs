@@ -1,0 +1,1 @@
+//! Model families as data, the one decoder, loading by plan.
