@@ -6,7 +6,9 @@
 //! plan can be made for a model far larger than the machine.
 
 mod dtype;
+mod error;
 mod source;
 
 pub use dtype::DType;
+pub use error::FormatError;
 pub use source::{TensorData, TensorInfo, TensorSource};

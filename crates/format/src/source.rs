@@ -1,8 +1,9 @@
 //! A set of named tensors, wherever they are stored.
 
 use std::borrow::Cow;
+use std::path::Path;
 
-use crate::DType;
+use crate::{DType, FormatError};
 
 /// Name, element type and shape of a tensor: what a header says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,7 +19,10 @@ pub struct TensorInfo {
 impl TensorInfo {
     /// Bytes of the whole tensor as stored in this dtype.
     pub fn size_bytes(&self) -> u64 {
-        self.shape.iter().map(|&extent| extent as u64).product::<u64>()
+        self.shape
+            .iter()
+            .map(|&extent| extent as u64)
+            .product::<u64>()
             * self.dtype.size_bytes() as u64
     }
 }
@@ -46,5 +50,12 @@ pub trait TensorSource: Send + Sync {
     ///
     /// # Errors
     /// The tensor is missing, or its file can no longer be read.
-    fn read(&self, name: &str) -> Result<TensorData<'_>, crate::FormatError>;
+    fn read(&self, name: &str) -> Result<TensorData<'_>, FormatError>;
+
+    /// The file that holds `name`, or the place where it would be looked for; used in errors.
+    /// The default, an empty path, means "in memory".
+    fn file_of(&self, name: &str) -> &Path {
+        let _ = name;
+        Path::new("")
+    }
 }
