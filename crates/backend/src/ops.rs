@@ -1,0 +1,441 @@
+//! The operations, by family.
+//!
+//! Arguments of more than a few parts are structs with named fields, so that a call site
+//! reads like the formula. `B` is a backend's buffer, `L` its linear weights.
+
+use oxllama_format::{LinearHeader, LinearSource};
+use oxllama_memory::{Bytes, CacheFormat, DeviceId, Reservation};
+
+use crate::{DeviceError, PAGE_TOKENS, Rope, StepBatch, WorkspaceShape};
+
+/// Allocation and transfer.
+pub trait DeviceMemory: Send + Sync + 'static {
+    /// A piece of this device's memory. Holds its ledger entry; dropping it frees both.
+    type Buffer: Send + Sync + 'static;
+
+    /// Which device this is.
+    fn id(&self) -> &DeviceId;
+
+    /// Allocates exactly `reservation.bytes()`, zeroed.
+    ///
+    /// # Errors
+    /// The reservation is for another device, or the system has less than the ledger thought.
+    fn allocate(&self, reservation: Reservation) -> Result<Self::Buffer, DeviceError>;
+
+    /// Copies host bytes to the start of `destination`.
+    ///
+    /// # Errors
+    /// The device failed. `source` longer than `destination` is a caller's mistake and panics.
+    fn upload(&self, source: &[u8], destination: &mut Self::Buffer) -> Result<(), DeviceError>;
+
+    /// Copies the start of `source` to host bytes, after everything enqueued before it.
+    ///
+    /// # Errors
+    /// The device failed. `destination` longer than `source` is a caller's mistake and panics.
+    fn download(&self, source: &Self::Buffer, destination: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// Copies the first `bytes` of a buffer on a device of the same backend (perhaps this one).
+    ///
+    /// # Errors
+    /// The device failed.
+    fn copy_from_peer(
+        &self,
+        source: &Self::Buffer,
+        destination: &mut Self::Buffer,
+        bytes: usize,
+    ) -> Result<(), DeviceError>;
+}
+
+/// Scratch memory and the inputs of a step.
+pub trait StepOps: DeviceMemory {
+    /// The step's inputs on the device and all scratch that operations need beyond the
+    /// caller's activations. Sized once; no operation allocates.
+    type Workspace: Send + 'static;
+
+    /// Bytes of a workspace for steps up to `shape`: exactly what [`Self::create_workspace`] takes.
+    fn workspace_bytes(&self, shape: &WorkspaceShape) -> Bytes;
+
+    /// Makes a workspace inside `reservation`, which must hold [`Self::workspace_bytes`].
+    ///
+    /// # Errors
+    /// As [`DeviceMemory::allocate`], or the reservation has another size.
+    fn create_workspace(
+        &self,
+        shape: &WorkspaceShape,
+        reservation: Reservation,
+    ) -> Result<Self::Workspace, DeviceError>;
+
+    /// Takes over the inputs of a step: token ids, positions, page tables, and the cosines
+    /// and sines of every row for each of `ropes` (attention names them by index).
+    ///
+    /// # Errors
+    /// The step is larger than the workspace's shape.
+    fn begin_step(
+        &self,
+        batch: &StepBatch<'_>,
+        ropes: &[Rope],
+        workspace: &mut Self::Workspace,
+    ) -> Result<(), DeviceError>;
+}
+
+/// Which normalisation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormKind {
+    /// `x / sqrt(mean(x²) + epsilon) · weight`
+    Rms,
+    /// `(x − mean(x)) / sqrt(var(x) + epsilon) · weight + bias`
+    Layer,
+}
+
+/// A normalisation over a row's whole width.
+#[derive(Debug)]
+pub struct Norm<B> {
+    /// Formula.
+    pub kind: NormKind,
+    /// f32 `[width]`. Gemma's `1 + w` is applied when this is filled.
+    pub weight: B,
+    /// f32 `[width]`; only with [`NormKind::Layer`].
+    pub bias: Option<B>,
+    /// Added to the mean square or variance.
+    pub epsilon: f32,
+    /// Elements of a row.
+    pub width: usize,
+}
+
+/// A normalisation over each head's dimensions by itself.
+#[derive(Debug)]
+pub struct HeadNorm<B> {
+    /// Formula (no bias).
+    pub kind: NormKind,
+    /// f32 `[heads, head_dim]`; a model's single `[head_dim]` vector is repeated per head.
+    pub weight: B,
+    /// Added to the mean square or variance.
+    pub epsilon: f32,
+}
+
+/// Normalisations.
+pub trait NormOps: StepOps {
+    /// `out[r, :] = norm(x[r, :])` for `rows` rows of f32 `[rows, norm.width]`.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn norm(
+        &self,
+        norm: &Norm<Self::Buffer>,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
+        rows: usize,
+        workspace: &mut Self::Workspace,
+    ) -> Result<(), DeviceError>;
+}
+
+/// What a linear does with the old contents of its output.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Store {
+    /// `out = y`
+    Overwrite,
+    /// `out += scale · y`: a residual connection.
+    Add {
+        /// Granite's residual multiplier; 1 elsewhere. Multiplies the bias as well.
+        scale: f32,
+    },
+}
+
+/// One linear and where its result goes.
+#[derive(Debug)]
+pub struct LinearOutput<'a, L, B> {
+    /// The weights.
+    pub weights: &'a L,
+    /// f32 `[rows, out_features]`, padding columns included.
+    pub out: &'a mut B,
+}
+
+/// `y_i = W_i · norm(x)` for linears that read the same input.
+#[derive(Debug)]
+pub struct NormLinears<'a, L, B> {
+    /// `None`: the linears read `x` itself.
+    pub norm: Option<&'a Norm<B>>,
+    /// f32 `[rows, in_features]`.
+    pub x: &'a B,
+    /// f32 `[rows, in_features]`: receives `norm(x)` where the backend does not fuse;
+    /// otherwise its contents are unspecified afterwards.
+    pub normed: &'a mut B,
+    /// Outputs are overwritten.
+    pub linears: &'a mut [LinearOutput<'a, L, B>],
+    /// Rows of `x`.
+    pub rows: usize,
+}
+
+/// Element-wise function of a gated MLP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · sigmoid(x)`
+    Silu,
+    /// `0.5 x (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))`
+    GeluTanh,
+    /// `0.5 x (1 + erf(x / sqrt 2))`
+    GeluErf,
+}
+
+/// `out ← store(W · (activation(gate) ⊙ up))`: the second half of a gated MLP.
+#[derive(Debug)]
+pub struct GatedLinear<'a, L, B> {
+    /// Function of the gate.
+    pub activation: Activation,
+    /// f32 `[rows, in_features]`; unspecified afterwards.
+    pub gate: &'a mut B,
+    /// f32 `[rows, in_features]`.
+    pub up: &'a B,
+    /// The down projection.
+    pub weights: &'a L,
+    /// f32 `[rows, out_features]`.
+    pub out: &'a mut B,
+    /// Overwrite, or add to the residual stream.
+    pub store: Store,
+    /// Rows.
+    pub rows: usize,
+}
+
+/// Matrix products with weights of any stored format.
+pub trait LinearOps: NormOps + ElementwiseOps {
+    /// Weights as this backend wants them, repacked at load.
+    type Linear: Send + Sync + 'static;
+
+    /// Bytes of such weights on the device, from their header alone: exactly what
+    /// [`Self::load_linear`] takes.
+    fn linear_bytes(&self, header: &LinearHeader) -> Bytes;
+
+    /// Repacks `source` into `reservation`, which must hold [`Self::linear_bytes`].
+    /// Callable from several threads at once.
+    ///
+    /// # Errors
+    /// The weights are malformed, or allocation fails.
+    fn load_linear(
+        &self,
+        source: &LinearSource<'_>,
+        reservation: Reservation,
+    ) -> Result<Self::Linear, DeviceError>;
+
+    /// `(in_features, out_features)` of loaded weights, padding included.
+    fn linear_shape(&self, weights: &Self::Linear) -> (usize, usize);
+
+    /// `out[r, :] = scale · table[token_ids[r], :]` for the step's rows. `table` is a float
+    /// linear whose outputs are the vocabulary and whose inputs the hidden width, so that a
+    /// tied head and the embedding are one piece of memory. Ids past its rows read row 0
+    /// (the engine refuses them long before).
+    ///
+    /// # Errors
+    /// The device failed.
+    fn embed(
+        &self,
+        table: &Self::Linear,
+        scale: f32,
+        out: &mut Self::Buffer,
+        workspace: &mut Self::Workspace,
+    ) -> Result<(), DeviceError>;
+
+    /// `out ← store(W · x + bias)`; `x` is f32 `[rows, in_features]`.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn linear(
+        &self,
+        x: &Self::Buffer,
+        output: LinearOutput<'_, Self::Linear, Self::Buffer>,
+        store: Store,
+        rows: usize,
+        workspace: &mut Self::Workspace,
+    ) -> Result<(), DeviceError>;
+
+    /// [`NormLinears`]; composed of [`NormOps::norm`] and [`Self::linear`] by default.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn norm_linears(
+        &self,
+        args: NormLinears<'_, Self::Linear, Self::Buffer>,
+        workspace: &mut Self::Workspace,
+    ) -> Result<(), DeviceError> {
+        let NormLinears {
+            norm,
+            x,
+            normed,
+            linears,
+            rows,
+        } = args;
+        let input = match norm {
+            Some(norm) => {
+                self.norm(norm, x, normed, rows, workspace)?;
+                &*normed
+            }
+            None => x,
+        };
+        for output in linears {
+            let output = LinearOutput {
+                weights: output.weights,
+                out: &mut *output.out,
+            };
+            self.linear(input, output, Store::Overwrite, rows, workspace)?;
+        }
+        Ok(())
+    }
+
+    /// [`GatedLinear`]; composed of [`ElementwiseOps::gate`] and [`Self::linear`] by default.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn gated_linear(
+        &self,
+        args: GatedLinear<'_, Self::Linear, Self::Buffer>,
+        workspace: &mut Self::Workspace,
+    ) -> Result<(), DeviceError> {
+        let (in_features, _) = self.linear_shape(args.weights);
+        self.gate(args.activation, args.gate, args.up, args.rows * in_features)?;
+        let output = LinearOutput {
+            weights: args.weights,
+            out: args.out,
+        };
+        self.linear(args.gate, output, args.store, args.rows, workspace)
+    }
+}
+
+/// Extents of one layer's cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CacheShape {
+    /// Pages in the pool.
+    pub pages: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Dimensions of a head.
+    pub head_dim: usize,
+    /// Element format.
+    pub format: CacheFormat,
+}
+
+impl CacheShape {
+    /// Bytes of the keys (or of the values) of one layer.
+    pub fn bytes(&self) -> Bytes {
+        let elements = self.pages * PAGE_TOKENS * self.kv_heads * self.head_dim;
+        Bytes::new(elements as u64 * self.format.element_bytes())
+    }
+}
+
+/// One layer's keys and values.
+#[derive(Debug)]
+pub struct KvLayer<B> {
+    /// Extents of both buffers.
+    pub shape: CacheShape,
+    /// `[pages, kv_heads, PAGE_TOKENS, head_dim]`
+    pub keys: B,
+    /// `[pages, kv_heads, PAGE_TOKENS, head_dim]`
+    pub values: B,
+}
+
+/// Attention of the step's rows over their own sequences' pages.
+#[derive(Debug)]
+pub struct AttentionArgs<'a, B> {
+    /// f32 `[rows, heads, head_dim]`; normed and rotated in place.
+    pub queries: &'a mut B,
+    /// f32 `[rows, kv_heads, head_dim]`; normed and rotated in place, then stored.
+    pub keys: &'a mut B,
+    /// f32 `[rows, kv_heads, head_dim]`; stored.
+    pub values: &'a B,
+    /// The layer's cache; written at each row's position before any row reads.
+    pub cache: &'a mut KvLayer<B>,
+    /// f32 `[rows, heads, head_dim]`: the result.
+    pub out: &'a mut B,
+    /// Normalisation of query heads before the rotation (Qwen3, Gemma 3, Cohere).
+    pub query_norm: Option<&'a HeadNorm<B>>,
+    /// Normalisation of key heads before the rotation.
+    pub key_norm: Option<&'a HeadNorm<B>>,
+    /// Index into the ropes of [`StepOps::begin_step`]; `None`: not rotated.
+    pub rope: Option<usize>,
+    /// Query heads; a multiple of the cache's `kv_heads`, neighbours share one.
+    pub heads: usize,
+    /// Multiplies the scores, usually `1 / sqrt(head_dim)`.
+    pub scale: f32,
+    /// `Some(c)`: scores become `c · tanh(score / c)` (Gemma 2).
+    pub softcap: Option<f32>,
+    /// `Some(w)`: a row at position `p` sees positions `p − w + 1 ..= p` only.
+    pub window: Option<usize>,
+}
+
+/// Attention over the paged cache.
+pub trait AttentionOps: StepOps {
+    /// Norms and rotates queries and keys, stores keys and values, then attends:
+    /// `out[r, h] = softmax(cap(scale · q · K)) · V` over the row's visible positions.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn attention(
+        &self,
+        args: AttentionArgs<'_, Self::Buffer>,
+        workspace: &mut Self::Workspace,
+    ) -> Result<(), DeviceError>;
+}
+
+/// Element-wise and row-wise operations.
+pub trait ElementwiseOps: StepOps {
+    /// `gate[i] = activation(gate[i]) · up[i]` for `elements` f32 elements.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn gate(
+        &self,
+        activation: Activation,
+        gate: &mut Self::Buffer,
+        up: &Self::Buffer,
+        elements: usize,
+    ) -> Result<(), DeviceError>;
+
+    /// `out[i] += scale · x[i]` for `elements` f32 elements.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn add(
+        &self,
+        x: &Self::Buffer,
+        scale: f32,
+        out: &mut Self::Buffer,
+        elements: usize,
+    ) -> Result<(), DeviceError>;
+
+    /// `out[i, :] = x[rows[i], :]`, f32 `[_, width]`.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn gather_rows(
+        &self,
+        x: &Self::Buffer,
+        rows: &[u32],
+        width: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), DeviceError>;
+
+    /// Finishes logits f32 `[rows, width]` in place: multiplies by `scale`, then caps as
+    /// `c · tanh(x / c)`, then sets columns from `vocab_size` on (padding) to −∞.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn finish_logits(&self, logits: &mut Self::Buffer, args: LogitArgs) -> Result<(), DeviceError>;
+}
+
+/// How [`ElementwiseOps::finish_logits`] treats a block of logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitArgs {
+    /// Rows of logits.
+    pub rows: usize,
+    /// Columns of a row, padding included.
+    pub width: usize,
+    /// Columns that are tokens.
+    pub vocab_size: usize,
+    /// Multiplier (Cohere, Granite); 1 elsewhere.
+    pub scale: f32,
+    /// Gemma 2's final cap.
+    pub softcap: Option<f32>,
+}
+
+/// A whole device: every family of operations.
+pub trait Device: LinearOps + AttentionOps {}
+
+impl<T: LinearOps + AttentionOps> Device for T {}

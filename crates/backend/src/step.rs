@@ -1,0 +1,96 @@
+//! What one forward step works on, and what it may need at most.
+
+use oxllama_memory::CacheFormat;
+
+/// How rotary pairs are formed from a head's dimensions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RopeStyle {
+    /// Pair `i` is `(x[i], x[i + rotary_dim / 2])` (GPT-NeoX, Llama in Hugging Face's layout).
+    Halves,
+    /// Pair `i` is `(x[2 i], x[2 i + 1])` (GPT-J, Cohere).
+    Interleaved,
+}
+
+/// One rotary embedding: every scaling variant reduces to frequencies and a factor.
+///
+/// The angle of pair `i` at position `p` is the f32 product `p as f32 * inverse_frequencies[i]`;
+/// cosine and sine of it are multiplied by `attention_factor`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rope {
+    /// Radians a position, `[rotary_dim / 2]`.
+    pub inverse_frequencies: Vec<f32>,
+    /// Multiplies cosine and sine (YaRN, longrope); 1 otherwise.
+    pub attention_factor: f32,
+    /// Which dimensions form a pair. Dimensions past `rotary_dim` pass through.
+    pub style: RopeStyle,
+}
+
+impl Rope {
+    /// Dimensions of a head that are rotated.
+    pub fn rotary_dim(&self) -> usize {
+        2 * self.inverse_frequencies.len()
+    }
+}
+
+/// The rows of one forward step: flat host arrays, valid for the call that takes them.
+#[derive(Debug, Clone, Copy)]
+pub struct StepBatch<'a> {
+    /// `[rows]`: the token of each row.
+    pub token_ids: &'a [u32],
+    /// `[rows]`: its position in its sequence. The row's key and value go to this position,
+    /// and it attends to positions `0..=position`. Rows of one sequence come in ascending order.
+    pub positions: &'a [u32],
+    /// `[rows]`: index of its sequence in `page_tables`.
+    pub row_sequences: &'a [u32],
+    /// `[sequences, pages_per_sequence]`: the page that holds positions
+    /// `i * PAGE_TOKENS ..` of each sequence. Entries past a sequence's length are ignored.
+    pub page_tables: &'a [u32],
+    /// Row length of `page_tables`.
+    pub pages_per_sequence: usize,
+}
+
+impl StepBatch<'_> {
+    /// Rows in this step.
+    pub fn rows(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    /// Sequences in this step.
+    pub fn sequences(&self) -> usize {
+        self.page_tables.len() / self.pages_per_sequence.max(1)
+    }
+
+    /// The cache slot (`page * PAGE_TOKENS + offset`) of `position` in `sequence`.
+    pub fn slot(&self, sequence: usize, position: usize) -> usize {
+        let table = sequence * self.pages_per_sequence;
+        let page = self.page_tables[table + position / crate::PAGE_TOKENS] as usize;
+        page * crate::PAGE_TOKENS + position % crate::PAGE_TOKENS
+    }
+}
+
+/// The largest step that a workspace must serve, and the model's extents that size scratch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WorkspaceShape {
+    /// Most rows in a step.
+    pub rows: usize,
+    /// Most sequences in a step.
+    pub sequences: usize,
+    /// Most pages of one sequence.
+    pub pages_per_sequence: usize,
+    /// Widest input of any linear.
+    pub max_in_features: usize,
+    /// Widest output of any linear, the head included.
+    pub max_out_features: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Dimensions of a head.
+    pub head_dim: usize,
+    /// Widest rotated part of a head over all of the model's ropes.
+    pub rotary_dim: usize,
+    /// How many ropes a step prepares.
+    pub ropes: usize,
+    /// Element format of keys and values.
+    pub cache_format: CacheFormat,
+}
