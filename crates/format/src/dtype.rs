@@ -26,6 +26,20 @@ pub enum DType {
 }
 
 impl DType {
+    /// Every element type that this crate reads.
+    pub const ALL: [DType; 10] = [
+        DType::F64,
+        DType::F32,
+        DType::F16,
+        DType::BF16,
+        DType::I64,
+        DType::I32,
+        DType::I16,
+        DType::I8,
+        DType::U8,
+        DType::Bool,
+    ];
+
     /// Bytes of one element.
     pub const fn size_bytes(self) -> usize {
         match self {
@@ -59,19 +73,7 @@ impl DType {
 
     /// The element type that a safetensors header calls `name`; `None` for one not read here.
     pub fn from_name(name: &str) -> Option<DType> {
-        const ALL: [DType; 10] = [
-            DType::F64,
-            DType::F32,
-            DType::F16,
-            DType::BF16,
-            DType::I64,
-            DType::I32,
-            DType::I16,
-            DType::I8,
-            DType::U8,
-            DType::Bool,
-        ];
-        ALL.into_iter().find(|dtype| dtype.name() == name)
+        DType::ALL.into_iter().find(|dtype| dtype.name() == name)
     }
 }
 

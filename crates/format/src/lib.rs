@@ -7,8 +7,13 @@
 
 mod dtype;
 mod error;
+mod mmap;
+mod safetensors;
 mod source;
 
 pub use dtype::DType;
 pub use error::FormatError;
+pub use safetensors::{
+    HeaderEntry, SafetensorsDir, SafetensorsHeader, SafetensorsWriter, StoredDType,
+};
 pub use source::{TensorData, TensorInfo, TensorSource};
