@@ -1,1 +1,23 @@
-//! Sequences, page table, sampler and generation jobs.
+//! From tokens to text: sequences, cache pages, sampling and generation.
+//!
+//! The engine turns a [`Job`] into a run of [`StepPlan`](oxllama_model::StepPlan)s, samples
+//! from the logits that a [`Runner`](oxllama_model::Runner) returns, and reports [`Event`]s.
+//! It knows nothing of files, devices or terminals.
+
+mod error;
+mod evaluate;
+mod generator;
+mod job;
+mod pages;
+mod sampler;
+mod settings;
+
+pub use error::EngineError;
+pub use evaluate::{Comparison, Evaluation, evaluate};
+pub use generator::Generator;
+pub use job::{
+    Completion, Event, FinishReason, Job, RankedToken, Timings, TokenLogprob,
+};
+pub use pages::{PageId, PagePool, SequencePages};
+pub use sampler::Sampler;
+pub use settings::{SamplingSettings, SettingsError};
