@@ -1,0 +1,151 @@
+//! The invariants of ARCHITECTURE.md that a search can check.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::root;
+
+/// Crates from the bottom up: each may depend on those before it only.
+const LAYERS: [&str; 8] = [
+    "oxllama-memory",
+    "oxllama-format",
+    "oxllama-text",
+    "oxllama-backend",
+    "oxllama-cpu",
+    "oxllama-model",
+    "oxllama-engine",
+    "oxllama",
+];
+
+/// Licences that may be linked into the binary.
+const LICENCES: [&str; 12] = [
+    "0BSD",
+    "Apache-2.0",
+    "Apache-2.0 WITH LLVM-exception",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "BSL-1.0",
+    "CDLA-Permissive-2.0",
+    "ISC",
+    "MIT",
+    "Unicode-3.0",
+    "Unlicense",
+    "Zlib",
+];
+
+fn sources() -> Vec<(PathBuf, String)> {
+    fn collect(folder: &Path, files: &mut Vec<(PathBuf, String)>) {
+        for entry in fs::read_dir(folder).expect("a readable folder").flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                collect(&path, files);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = fs::read_to_string(&path).expect("a readable source");
+                files.push((path, text));
+            }
+        }
+    }
+    let mut files = Vec::new();
+    collect(&root().join("crates"), &mut files);
+    collect(&root().join("xtask"), &mut files);
+    assert!(files.len() > 20, "found only {} sources", files.len());
+    files
+}
+
+/// Sources under `src/` of the crates not named in `exempt`.
+fn library_sources(exempt: &[&str]) -> Vec<(PathBuf, String)> {
+    sources()
+        .into_iter()
+        .filter(|(path, _)| {
+            let parts: Vec<_> = path.components().map(|c| c.as_os_str().to_string_lossy()).collect();
+            parts.iter().any(|part| part == "src") && !parts.iter().any(|part| exempt.contains(&&**part))
+        })
+        .collect()
+}
+
+#[test]
+fn only_the_command_line_prints() {
+    for (path, text) in library_sources(&["cli", "xtask"]) {
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for call in ["println!", "print!(", "eprintln!", "eprint!("] {
+            assert!(!code.contains(call), "{} uses {call}", path.display());
+        }
+    }
+}
+
+#[test]
+fn only_the_command_line_knows_http() {
+    for (path, text) in library_sources(&["cli", "xtask"]) {
+        for name in ["ureq", "reqwest", "hyper::", "axum"] {
+            assert!(!text.contains(name), "{} uses {name}", path.display());
+        }
+    }
+}
+
+#[test]
+fn nothing_is_chosen_at_compile_time() {
+    for (path, text) in library_sources(&["xtask"]) {
+        assert!(!text.contains("feature = \"cuda\""), "{}", path.display());
+    }
+}
+
+#[test]
+fn files_stay_readable() {
+    for (path, text) in sources() {
+        let lines = text.lines().count();
+        assert!(lines <= 650, "{} has {lines} lines: split it by role", path.display());
+    }
+}
+
+fn metadata() -> Value {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--locked", "--offline"])
+        .current_dir(root())
+        .output()
+        .expect("cargo metadata runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON")
+}
+
+#[test]
+fn arrows_between_crates_point_down() {
+    let metadata = metadata();
+    let packages = metadata["packages"].as_array().expect("packages");
+    for (height, name) in LAYERS.iter().enumerate() {
+        let package = packages
+            .iter()
+            .find(|package| package["name"] == *name)
+            .unwrap_or_else(|| panic!("{name} is not in the workspace"));
+        for dependency in package["dependencies"].as_array().expect("dependencies") {
+            let dependency_name = dependency["name"].as_str().expect("a name");
+            let is_for_tests = dependency["kind"] == "dev";
+            if let Some(other) = LAYERS.iter().position(|layer| *layer == dependency_name) {
+                assert!(other < height || is_for_tests, "{name} imports {dependency_name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn licences_are_permissive() {
+    let metadata = metadata();
+    let mut refused = BTreeMap::new();
+    for package in metadata["packages"].as_array().expect("packages") {
+        let name = package["name"].as_str().unwrap_or_default();
+        let licence = package["license"].as_str().unwrap_or_default().replace('/', " OR ");
+        let allowed = |part: &str| {
+            let part = part.trim().trim_matches(['(', ')']).trim();
+            LICENCES.contains(&part)
+        };
+        // "A OR B" needs one allowed part, "A AND B" all of them.
+        let ok = licence.split(" OR ").any(|choice| choice.split(" AND ").all(allowed));
+        if !ok {
+            refused.insert(name.to_owned(), licence);
+        }
+    }
+    assert!(refused.is_empty(), "{refused:?}");
+}
