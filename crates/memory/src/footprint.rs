@@ -1,0 +1,148 @@
+//! What a model asks of memory, as known from its headers.
+
+use std::fmt;
+use std::ops::Range;
+
+use serde::Serialize;
+
+use crate::bytes::Bytes;
+
+/// The format in which keys and values of the context are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CacheFormat {
+    /// IEEE single precision, 4 bytes an element.
+    F32,
+    /// IEEE half precision, 2 bytes an element.
+    F16,
+}
+
+impl CacheFormat {
+    /// All formats, the largest first.
+    pub const ALL: [Self; 2] = [Self::F32, Self::F16];
+
+    /// Bytes of one token's keys and values of one layer, which are `kv_elements`
+    /// numbers together; `None` when that exceeds 64 bits.
+    pub fn bytes_per_token(self, kv_elements: u64) -> Option<Bytes> {
+        let element_bytes = match self {
+            Self::F32 => 4,
+            Self::F16 => 2,
+        };
+        Bytes(kv_elements).checked_mul(element_bytes)
+    }
+}
+
+impl fmt::Display for CacheFormat {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.pad(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+        })
+    }
+}
+
+/// One decoder layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct LayerFootprint {
+    /// All its parameters, in the layout in which a device keeps them.
+    pub weights: Bytes,
+    /// The number of parameters behind [`LayerFootprint::weights`].
+    pub weight_elements: u64,
+    /// Numbers kept per token of context: 2 × kv_heads × head_dim.
+    pub kv_elements_per_token: u64,
+}
+
+/// The parts of a model in the order in which a token passes them: embedding, layers,
+/// head.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ModelFootprint {
+    /// The name under which the ledger knows the model.
+    pub name: String,
+    /// The embedding table, held by the first device of the chain.
+    pub embedding: Bytes,
+    /// The norm before the head, held by the last device of the chain.
+    pub final_norm: Bytes,
+    /// The head's matrix, held by the last device of the chain.
+    pub head: Bytes,
+    /// The head is the embedding table: a device which holds both keeps one copy, of
+    /// the larger of the two sizes.
+    pub head_tied_to_embedding: bool,
+    /// The decoder layers in order.
+    pub layers: Vec<LayerFootprint>,
+    /// The longest context that the model was made for.
+    pub max_context_tokens: u64,
+    /// Tokens in a page of the cache, the unit in which it is taken.
+    pub page_tokens: u64,
+}
+
+impl ModelFootprint {
+    /// Average bits of a layer parameter in hundredths, rounded down; `None` for a
+    /// model without layer parameters.
+    pub fn layer_bits_per_weight_hundredths(&self) -> Option<u64> {
+        let bytes: u128 = self
+            .layers
+            .iter()
+            .map(|layer| u128::from(layer.weights.0))
+            .sum();
+        let elements: u128 = self
+            .layers
+            .iter()
+            .map(|layer| u128::from(layer.weight_elements))
+            .sum();
+        // Below 2^64 layers of 2^64 bytes... the product fits: 800 < 2^10, bytes < 2^96.
+        (bytes * 800)
+            .checked_div(elements)
+            .and_then(|bits| u64::try_from(bits).ok())
+    }
+
+    /// The same model with every layer parameter at this many hundredths of a bit.
+    /// Embedding and head stay as they are.
+    pub fn with_layer_bits_per_weight_hundredths(&self, hundredths: u64) -> Self {
+        let mut model = self.clone();
+        for layer in &mut model.layers {
+            let bytes = (u128::from(layer.weight_elements) * u128::from(hundredths)).div_ceil(800);
+            layer.weights = Bytes(u64::try_from(bytes).unwrap_or(u64::MAX));
+        }
+        model
+    }
+}
+
+/// What a device does in one step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceRole {
+    /// It holds the embedding, and with it is the first of the chain.
+    pub first: bool,
+    /// It holds the head, and with it is the last of the chain.
+    pub last: bool,
+    /// The layers it holds; may be empty on a device with only embedding or head.
+    pub layers: Range<usize>,
+}
+
+/// The largest step that a plan has to serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct StepLimits {
+    /// Tokens of one step, all sequences together.
+    pub chunk_tokens: u64,
+    /// Sequences in one step.
+    pub batch: u64,
+    /// Tokens of context of one sequence.
+    pub context_tokens: u64,
+}
+
+/// The memory that a step needs besides weights and cache, as the backend allocates it.
+///
+/// The planner relies on this never to shrink when the role takes in more layers, the
+/// embedding or the head, or when a limit grows. Where it did, a plan could be missed;
+/// a plan made is checked by exact sums all the same.
+///
+/// Functions of the same shape implement it.
+pub trait WorkspaceModel {
+    /// Bytes of intermediate results, logits included, on a device of this role.
+    fn workspace(&self, role: &DeviceRole, limits: &StepLimits) -> Bytes;
+}
+
+impl<F: Fn(&DeviceRole, &StepLimits) -> Bytes> WorkspaceModel for F {
+    fn workspace(&self, role: &DeviceRole, limits: &StepLimits) -> Bytes {
+        self(role, limits)
+    }
+}
