@@ -315,8 +315,10 @@ pub struct CacheShape {
 impl CacheShape {
     /// Bytes of the keys (or of the values) of one layer.
     pub fn bytes(&self) -> Bytes {
-        let elements = self.pages * PAGE_TOKENS * self.kv_heads * self.head_dim;
-        Bytes::new(elements as u64 * self.format.element_bytes())
+        let token_elements = (self.kv_heads * self.head_dim) as u64;
+        let token_bytes = self.format.bytes_per_token(token_elements);
+        let tokens = (self.pages * PAGE_TOKENS) as u64;
+        token_bytes.unwrap_or(Bytes::MAX).saturating_mul(tokens)
     }
 }
 
