@@ -7,13 +7,20 @@
 
 mod dtype;
 mod error;
+mod linear;
 mod mmap;
 mod safetensors;
 mod source;
+mod tensors;
 
 pub use dtype::DType;
 pub use error::FormatError;
+pub use linear::{
+    EXL2_BITS, Encoding, Exl2Group, Exl2Layout, Exl2Linear, Exl2Tensors, FloatLinear, GptqConfig,
+    GptqLinear, LinearHeader, LinearSource, ScaledF16,
+};
 pub use safetensors::{
     HeaderEntry, SafetensorsDir, SafetensorsHeader, SafetensorsWriter, StoredDType,
 };
 pub use source::{TensorData, TensorInfo, TensorSource};
+pub use tensors::{read_head_norm_f32, read_vector_f32};
