@@ -1,0 +1,340 @@
+//! What the engine drives: one loaded model, one step at a time.
+
+use oxllama_backend::{PAGE_TOKENS, StepBatch};
+
+use crate::{ModelError, ModelSpec};
+
+/// One loaded model, ready to step. Object-safe; implemented by
+/// [`Decoder`](crate::Decoder) for every kind of device.
+///
+/// The contents of the cache's pages live inside; which page belongs to which sequence is
+/// the caller's knowledge and arrives with every step.
+pub trait Runner: Send {
+    /// What the model is.
+    fn spec(&self) -> &ModelSpec;
+
+    /// The largest steps that were planned for.
+    fn limits(&self) -> &RunnerLimits;
+
+    /// Runs one step: writes every row's keys and values to its page and returns the logits
+    /// of `step.logit_rows`, f32 `[logit_rows, vocab_size]` with padding removed, valid until
+    /// the next call. Allocates nothing.
+    ///
+    /// # Errors
+    /// The step breaks a limit or its arrays disagree (nothing has run then), or a device
+    /// failed (the pages of the step's rows are unspecified then; others are intact).
+    fn run(&mut self, step: &StepPlan) -> Result<&[f32], ModelError>;
+}
+
+/// The largest steps that a loaded model was planned for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RunnerLimits {
+    /// Rows of a step.
+    pub max_rows: usize,
+    /// Sequences of a step.
+    pub max_sequences: usize,
+    /// Rows of a step whose logits are asked for.
+    pub max_logit_rows: usize,
+    /// Pages of the cache, each of [`PAGE_TOKENS`] tokens.
+    pub pages: usize,
+    /// Pages of one sequence.
+    pub pages_per_sequence: usize,
+    /// Tokens of one sequence; positions are below it.
+    pub context_tokens: usize,
+}
+
+/// The rows of one step: flat arrays, owned and reused (`clear`, then push).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StepPlan {
+    /// `[rows]`: the token of each row.
+    pub token_ids: Vec<u32>,
+    /// `[rows]`: its position in its sequence; rows of one sequence ascend.
+    pub positions: Vec<u32>,
+    /// `[rows]`: index of its sequence in `page_tables`.
+    pub row_sequences: Vec<u32>,
+    /// `[sequences, pages_per_sequence]`: page ids; entries past a sequence's length are ignored.
+    pub page_tables: Vec<u32>,
+    /// Row length of `page_tables`.
+    pub pages_per_sequence: usize,
+    /// Rows whose logits are wanted, in the order in which they are wanted; may be empty.
+    pub logit_rows: Vec<u32>,
+}
+
+impl StepPlan {
+    /// Empties every array, keeping their memory.
+    pub fn clear(&mut self) {
+        self.token_ids.clear();
+        self.positions.clear();
+        self.row_sequences.clear();
+        self.page_tables.clear();
+        self.pages_per_sequence = 0;
+        self.logit_rows.clear();
+    }
+
+    /// The step's inputs as devices take them.
+    pub fn batch(&self) -> StepBatch<'_> {
+        StepBatch {
+            token_ids: &self.token_ids,
+            positions: &self.positions,
+            row_sequences: &self.row_sequences,
+            page_tables: &self.page_tables,
+            pages_per_sequence: self.pages_per_sequence,
+        }
+    }
+
+    /// Whether a model of `vocab_size` tokens with these limits can run the step.
+    ///
+    /// # Errors
+    /// The first rule broken, with the value found and the bound.
+    pub fn check(&self, limits: &RunnerLimits, vocab_size: usize) -> Result<(), ModelError> {
+        self.check_extents(limits)?;
+        for (row, &token_id) in self.token_ids.iter().enumerate() {
+            if token_id as usize >= vocab_size {
+                return Err(ModelError::TokenOutOfRange {
+                    row,
+                    token_id,
+                    vocab_size,
+                });
+            }
+        }
+        for row in 0..self.token_ids.len() {
+            self.check_place(row, limits)?;
+        }
+        let rows = self.token_ids.len();
+        match self.logit_rows.iter().find(|&&row| row as usize >= rows) {
+            Some(&row) => Err(step_error(
+                "as a logit row",
+                row as usize,
+                below(rows, "rows"),
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Array lengths against each other and against `limits`.
+    fn check_extents(&self, limits: &RunnerLimits) -> Result<(), ModelError> {
+        let rows = self.token_ids.len();
+        if rows == 0 || rows > limits.max_rows {
+            return Err(step_error("rows", rows, from_one(limits.max_rows)));
+        }
+        for (what, found) in [
+            ("positions", self.positions.len()),
+            ("row sequences", self.row_sequences.len()),
+        ] {
+            if found != rows {
+                return Err(step_error(
+                    what,
+                    found,
+                    format!("one for each of {rows} rows"),
+                ));
+            }
+        }
+        let width = self.pages_per_sequence;
+        if width == 0 || width > limits.pages_per_sequence {
+            return Err(step_error(
+                "pages per sequence",
+                width,
+                from_one(limits.pages_per_sequence),
+            ));
+        }
+        if !self.page_tables.len().is_multiple_of(width) {
+            return Err(step_error(
+                "page table entries",
+                self.page_tables.len(),
+                format!("a multiple of the {width} pages per sequence"),
+            ));
+        }
+        let sequences = self.page_tables.len() / width;
+        if sequences == 0 || sequences > limits.max_sequences {
+            return Err(step_error(
+                "sequences",
+                sequences,
+                from_one(limits.max_sequences),
+            ));
+        }
+        if self.logit_rows.len() > limits.max_logit_rows {
+            return Err(step_error(
+                "logit rows",
+                self.logit_rows.len(),
+                format!("at most {}", limits.max_logit_rows),
+            ));
+        }
+        Ok(())
+    }
+
+    /// One row's sequence, position and pages. Pages are looked at once for each run of rows
+    /// of one sequence, at its last row, whose position is the run's highest.
+    fn check_place(&self, row: usize, limits: &RunnerLimits) -> Result<(), ModelError> {
+        let sequences = self.page_tables.len() / self.pages_per_sequence;
+        let sequence = self.row_sequences[row] as usize;
+        if sequence >= sequences {
+            return Err(step_error(
+                "as a row's sequence",
+                sequence,
+                below(sequences, "sequences"),
+            ));
+        }
+        let position = self.positions[row];
+        let in_table = self.pages_per_sequence * PAGE_TOKENS;
+        let (limit, reason) = if limits.context_tokens <= in_table {
+            (limits.context_tokens, "the planned context")
+        } else {
+            (in_table, "the tokens of its sequence's pages")
+        };
+        if position as usize >= limit {
+            return Err(ModelError::PositionOutOfRange {
+                row,
+                position,
+                limit,
+                reason,
+            });
+        }
+        if self.row_sequences.get(row + 1) == Some(&self.row_sequences[row]) {
+            if self.positions[row + 1] <= position {
+                return Err(step_error(
+                    "as the position after a row of the same sequence",
+                    self.positions[row + 1] as usize,
+                    format!("one above {position}"),
+                ));
+            }
+            return Ok(());
+        }
+        let table = &self.page_tables[sequence * self.pages_per_sequence..];
+        let used = position as usize / PAGE_TOKENS + 1;
+        match table[..used]
+            .iter()
+            .position(|&page| page as usize >= limits.pages)
+        {
+            Some(place) => Err(ModelError::PageOutOfRange {
+                sequence,
+                place,
+                page: table[place],
+                pages: limits.pages,
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+fn step_error(what: &'static str, found: usize, expected: String) -> ModelError {
+    ModelError::Step {
+        what,
+        found,
+        expected,
+    }
+}
+
+fn from_one(limit: usize) -> String {
+    format!("1 to {limit}")
+}
+
+fn below(limit: usize, what: &str) -> String {
+    format!("one below the {limit} {what} of the step")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: RunnerLimits = RunnerLimits {
+        max_rows: 4,
+        max_sequences: 2,
+        max_logit_rows: 2,
+        pages: 8,
+        pages_per_sequence: 2,
+        context_tokens: 300,
+    };
+
+    fn valid() -> StepPlan {
+        StepPlan {
+            token_ids: vec![1, 2, 3],
+            positions: vec![255, 256, 0],
+            row_sequences: vec![0, 0, 1],
+            page_tables: vec![7, 0, 3, 99],
+            pages_per_sequence: 2,
+            logit_rows: vec![2, 1],
+        }
+    }
+
+    /// Breaks a valid step and returns the message.
+    fn broken(change: impl FnOnce(&mut StepPlan)) -> String {
+        let mut step = valid();
+        change(&mut step);
+        step.check(&LIMITS, 10).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_step_within_limits_passes() {
+        // Page 99 of sequence 1 lies past its only token and is ignored.
+        valid().check(&LIMITS, 10).unwrap();
+    }
+
+    #[test]
+    fn each_broken_rule_is_named_with_both_values() {
+        let cases = [
+            (broken(|step| step.clear()), "0 rows: expected 1 to 4"),
+            (broken(|step| step.token_ids[1] = 10), "token id 10"),
+            (
+                broken(|step| step.positions.truncate(1)),
+                "1 positions: expected one for each of 3 rows",
+            ),
+            (
+                broken(|step| step.row_sequences.push(0)),
+                "4 row sequences: expected one for each of 3 rows",
+            ),
+            (
+                broken(|step| step.pages_per_sequence = 3),
+                "3 pages per sequence: expected 1 to 2",
+            ),
+            (
+                broken(|step| step.page_tables.truncate(3)),
+                "3 page table entries: expected a multiple of the 2",
+            ),
+            (
+                broken(|step| step.page_tables.extend([0, 0])),
+                "3 sequences: expected 1 to 2",
+            ),
+            (
+                broken(|step| step.logit_rows.push(0)),
+                "3 logit rows: expected at most 2",
+            ),
+            (
+                broken(|step| step.logit_rows[0] = 3),
+                "3 as a logit row: expected one below the 3 rows",
+            ),
+            (
+                broken(|step| step.row_sequences[2] = 2),
+                "2 as a row's sequence: expected one below the 2 sequences",
+            ),
+            (
+                broken(|step| step.positions[2] = 300),
+                "position 300: expected one below 300, the planned context",
+            ),
+            (
+                broken(|step| step.positions[1] = 255),
+                "255 as the position after a row of the same sequence: expected one above 255",
+            ),
+            (
+                broken(|step| step.page_tables[1] = 8),
+                "sequence 0 has page 8 at place 1 of its table: expected one below the 8 pages",
+            ),
+        ];
+        for (message, expected) in cases {
+            assert!(message.contains(expected), "{message:?} lacks {expected:?}");
+        }
+    }
+
+    #[test]
+    fn positions_past_a_short_page_table_are_refused() {
+        let step = StepPlan {
+            token_ids: vec![1],
+            positions: vec![256],
+            row_sequences: vec![0],
+            page_tables: vec![0],
+            pages_per_sequence: 1,
+            logit_rows: vec![],
+        };
+        let message = step.check(&LIMITS, 10).unwrap_err().to_string();
+        assert!(message.contains("one below 256, the tokens of its sequence's pages"));
+    }
+}
