@@ -5,20 +5,29 @@
 //! ([`TensorInfo`], [`LinearHeader`]) is available without touching tensor data, so that a
 //! plan can be made for a model far larger than the machine.
 
+mod config_json;
 mod dtype;
 mod error;
+mod host_memory;
 mod linear;
 mod mmap;
+mod model_source;
 mod safetensors;
 mod source;
 mod tensors;
 
+pub use config_json::{
+    ConfigView, MAX_CONFIG_BYTES, MAX_CONFIG_COUNT, parse_json_object, read_json_object,
+    read_optional_file,
+};
 pub use dtype::DType;
 pub use error::FormatError;
+pub use host_memory::HostMemory;
 pub use linear::{
     EXL2_BITS, Encoding, Exl2Group, Exl2Layout, Exl2Linear, Exl2Tensors, FloatLinear, GptqConfig,
     GptqLinear, LinearHeader, LinearSource, ScaledF16,
 };
+pub use model_source::ModelSource;
 pub use safetensors::{
     HeaderEntry, SafetensorsDir, SafetensorsHeader, SafetensorsWriter, StoredDType,
 };
