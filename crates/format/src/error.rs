@@ -192,6 +192,15 @@ pub enum FormatError {
         /// The values that are supported.
         supported: String,
     },
+
+    /// A GGUF file is wrong, or cannot be expressed as a Hugging Face model.
+    #[error("{}: {source}", display_path(path))]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with its content.
+        source: crate::gguf::GgufError,
+    },
 }
 
 /// `(in memory)` for the empty path that stands for "no file".

@@ -8,7 +8,9 @@
 mod config_json;
 mod dtype;
 mod error;
+pub mod gguf;
 mod host_memory;
+pub mod import;
 mod linear;
 mod mmap;
 mod model_source;
