@@ -424,7 +424,9 @@ mod tests {
     fn a_poisoned_lock_is_of_no_consequence() {
         let device = DeviceId::cpu(0);
         let ledger = Ledger::for_device(device.clone(), Bytes(10));
-        let held = ledger.reserve(&device, "m", Purpose::Weights, Bytes(4)).unwrap();
+        let held = ledger
+            .reserve(&device, "m", Purpose::Weights, Bytes(4))
+            .unwrap();
         let poisoner = ledger.clone();
         let panicked = std::thread::spawn(move || {
             let _accounts = poisoner.lock();
@@ -432,9 +434,18 @@ mod tests {
         })
         .join();
         assert!(panicked.is_err() && ledger.accounts.is_poisoned());
-        let more = ledger.reserve(&device, "m", Purpose::Weights, Bytes(6)).unwrap();
-        assert!(ledger.reserve(&device, "m", Purpose::Weights, Bytes(1)).is_err());
+        let more = ledger
+            .reserve(&device, "m", Purpose::Weights, Bytes(6))
+            .unwrap();
+        assert!(
+            ledger
+                .reserve(&device, "m", Purpose::Weights, Bytes(1))
+                .is_err()
+        );
         drop((held, more));
-        assert_eq!(ledger.usage(&device).map(|usage| usage.available), Some(Bytes(10)));
+        assert_eq!(
+            ledger.usage(&device).map(|usage| usage.available),
+            Some(Bytes(10))
+        );
     }
 }

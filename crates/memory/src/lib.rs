@@ -11,6 +11,53 @@
 //! - [`plan()`]: from what a model needs ([`ModelFootprint`], [`WorkspaceModel`]) and what
 //!   the devices have, a [`Plan`] of what goes where, or an [`Infeasible`] with the
 //!   shortfall and the nearest plans that fit.
+//!
+//! ```
+//! use oxllama_memory::{
+//!     Bytes, CacheFormat, DeviceId, DeviceInfo, DeviceRole, Inventory, LayerFootprint, Ledger,
+//!     ModelFootprint, PlanRequest, Policy, StepLimits, plan,
+//! };
+//!
+//! let device = |index| {
+//!     DeviceInfo::new(DeviceId::cpu(index), "virtual device", Bytes::from_mib(300))
+//! };
+//! let ledger = Ledger::new(&Inventory::new(vec![device(0), device(1)])?);
+//!
+//! let layer = LayerFootprint {
+//!     weights: Bytes::from_mib(10),
+//!     weight_elements: 20 << 20,
+//!     kv_elements_per_token: 2 * 3 * 64, // keys and values of 3 heads
+//! };
+//! let footprint = ModelFootprint {
+//!     name: "small".to_owned(),
+//!     embedding: Bytes::from_mib(50),
+//!     final_norm: Bytes::from_kib(2),
+//!     head: Bytes::from_mib(50),
+//!     head_tied_to_embedding: true,
+//!     layers: vec![layer; 30],
+//!     max_context_tokens: 2048,
+//!     page_tokens: 256,
+//! };
+//! let workspace = |_: &DeviceRole, limits: &StepLimits| Bytes::from_kib(8 * limits.chunk_tokens);
+//! let request = PlanRequest {
+//!     footprint: &footprint,
+//!     workspace: &workspace,
+//!     context_tokens: None, // the longest that fits
+//!     batch: 1,
+//!     chunk_tokens: 512,
+//!     cache: CacheFormat::F16,
+//!     policy: Policy::Fill,
+//!     caps: Vec::new(),
+//!     excluded: Vec::new(),
+//! };
+//! let plan = plan(&ledger.inventory(), &request)?;
+//! assert_eq!(plan.context_tokens, 2048);
+//! let mut reservations = plan.reserve(&ledger)?;
+//! // Every buffer of the model is carved from what its plan reserved.
+//! let matrix = reservations[0].weights.split(Bytes::from_mib(1))?;
+//! assert_eq!(matrix.owner(), "small");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod bytes;
 mod device;

@@ -7,20 +7,24 @@ use oxllama_memory::{
 };
 
 /// CUDA devices of these sizes.
-pub fn inventory(sizes: &[Bytes]) -> Inventory {
+pub(crate) fn inventory(sizes: &[Bytes]) -> Inventory {
     let device = |(index, &size): (usize, &Bytes)| {
-        DeviceInfo::new(DeviceId::cuda(index as u32), format!("device {index}"), size)
+        DeviceInfo::new(
+            DeviceId::cuda(index as u32),
+            format!("device {index}"),
+            size,
+        )
     };
     Inventory::new(sizes.iter().enumerate().map(device).collect()).unwrap()
 }
 
-pub fn gib(sizes: &[u64]) -> Inventory {
+pub(crate) fn gib(sizes: &[u64]) -> Inventory {
     let sizes: Vec<Bytes> = sizes.iter().copied().map(Bytes::from_gib).collect();
     inventory(&sizes)
 }
 
 /// A request for the longest context with one sequence, filled in order.
-pub fn request<'a>(
+pub(crate) fn request<'a>(
     footprint: &'a ModelFootprint,
     workspace: &'a dyn WorkspaceModel,
 ) -> PlanRequest<'a> {
@@ -40,7 +44,7 @@ pub fn request<'a>(
 /// A model of the shape of Llama 3.1 70B at so many hundredths of a bit: 80 layers,
 /// hidden size 8192, 8 kv heads of 128, vocabulary 128256, embedding in fp16, head at
 /// 6 bits.
-pub fn llama_70b(bits_hundredths: u64) -> ModelFootprint {
+pub(crate) fn llama_70b(bits_hundredths: u64) -> ModelFootprint {
     let (hidden, intermediate, kv_width, vocabulary) = (8192_u64, 28672, 1024, 128_256);
     let weight_elements = hidden * (2 * hidden + 2 * kv_width) + 3 * hidden * intermediate;
     let layer = LayerFootprint {
@@ -61,9 +65,17 @@ pub fn llama_70b(bits_hundredths: u64) -> ModelFootprint {
 }
 
 /// Hidden states, the widest intermediate result, and logits of one row per sequence.
-pub fn llama_70b_workspace(role: &DeviceRole, limits: &StepLimits) -> Bytes {
+pub(crate) fn llama_70b_workspace(role: &DeviceRole, limits: &StepLimits) -> Bytes {
     let hidden = limits.chunk_tokens * 8192 * 2 * 4;
-    let intermediate = if role.layers.is_empty() { 0 } else { limits.chunk_tokens * 28672 * 2 * 2 };
-    let logits = if role.last { limits.batch * 128_256 * 4 } else { 0 };
+    let intermediate = if role.layers.is_empty() {
+        0
+    } else {
+        limits.chunk_tokens * 28672 * 2 * 2
+    };
+    let logits = if role.last {
+        limits.batch * 128_256 * 4
+    } else {
+        0
+    };
     Bytes(hidden + intermediate + logits)
 }
