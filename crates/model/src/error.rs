@@ -2,7 +2,7 @@
 
 use oxllama_backend::DeviceError;
 use oxllama_format::FormatError;
-use oxllama_memory::{Bytes, DeviceId, Purpose, Shortfall, SplitError};
+use oxllama_memory::{Bytes, DeviceId, PlanError, Purpose, Shortfall, SplitError};
 
 /// Why a model cannot be understood, planned, loaded or stepped.
 #[derive(Debug, thiserror::Error)]
@@ -72,14 +72,20 @@ pub enum ModelError {
         value: String,
     },
 
-    /// The context asked for does not suit the model.
-    #[error("a context of {requested} tokens cannot be used: expected {expected}")]
-    Context {
-        /// Tokens asked for.
-        requested: u64,
-        /// What would do.
+    /// A request that makes no sense, whatever the sizes.
+    #[error("a model is asked for {found} {what}: expected {expected}")]
+    Request {
+        /// What was counted.
+        what: &'static str,
+        /// The value asked for.
+        found: u64,
+        /// The values that would do.
         expected: String,
     },
+
+    /// There is no plan; says why, and what would fit.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
 
     /// A plan and what it is to be carried out on do not belong together.
     #[error(
@@ -96,18 +102,19 @@ pub enum ModelError {
 
     /// The machine has less memory for this process than the load would take.
     #[error(
-        "the host has {available} left for this process ({limited_by}), loading on {device} takes \
-         {needed}: free memory, raise the limit, or plan with a lower cap"
+        "loading takes {needed} of the host's memory ({device} and others on the host), but of \
+         {total} only {available} are left for this process: free memory, raise the container's \
+         limit, or plan with a lower cap"
     )]
     HostMemory {
-        /// The device whose memory is host memory.
+        /// A device whose memory is host memory.
         device: DeviceId,
         /// Bytes that loading would take.
         needed: Bytes,
         /// Bytes that may be taken.
         available: Bytes,
-        /// What sets the limit, e.g. `cgroup limit`.
-        limited_by: String,
+        /// All memory of the machine or of the container.
+        total: Bytes,
     },
 
     /// A buffer turned out larger than what was planned for its purpose.
@@ -120,7 +127,7 @@ pub enum ModelError {
         /// The buffer that no longer fitted.
         what: String,
         /// The ledger's words.
-        source: SplitError,
+        source: Box<SplitError>,
     },
 
     /// One of a step's arrays is larger than planned, or disagrees with another.

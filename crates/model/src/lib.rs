@@ -1,14 +1,28 @@
 //! Model families as data, the one decoder, loading by plan.
+//!
+//! The way of a model:
+//! 1. [`ModelSpec::from_config`] reads what the model is;
+//! 2. [`plan_model`] says from headers alone which bytes go on which device;
+//! 3. [`Decoder::load`] reserves all of them, then reads the weights;
+//! 4. [`Runner::run`] takes one step after another, allocating nothing.
 
 mod config;
+mod decoder;
 mod error;
 mod families;
+mod load;
+mod plan;
 mod rope;
 mod runner;
 mod spec;
+mod stage;
+mod weights;
 
+pub use decoder::Decoder;
 pub use error::ModelError;
 pub use families::known_architectures;
+pub use load::{LoadOptions, LoadProgress};
+pub use plan::{Footprint, ModelPlan, ModelRequest, plan_model};
 pub use rope::{RopeOverrides, RopeScaling, RopeSpec, rope};
 pub use runner::{Runner, RunnerLimits, StepPlan};
 pub use spec::{Biases, BlockShape, LayerSpec, ModelSpec, NormSpec};

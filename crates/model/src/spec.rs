@@ -3,8 +3,8 @@
 use oxllama_backend::{Activation, NormKind, Rope};
 use serde_json::Value;
 
-use crate::config::Config;
-use crate::{ModelError, RopeOverrides, RopeSpec, families, rope};
+use crate::config::{Config, MAX_POSITIONS};
+use crate::{ModelError, RopeOverrides, RopeScaling, RopeSpec, families, rope};
 
 /// What a model is: extents, formulas and tensor names, read from `config.json`.
 ///
@@ -162,5 +162,21 @@ impl ModelSpec {
     /// Width of the keys and of the values: `kv_heads · head_dim`.
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
+    }
+
+    /// Tokens of the longest context that can be planned: the model's own, stretched by what
+    /// a user's overrides or dynamic scaling add.
+    pub fn max_context_tokens(&self) -> usize {
+        let RopeOverrides { scale, alpha, yarn } = self.rope_overrides;
+        let dynamic = self.ropes.first().and_then(|rope| match rope.scaling {
+            RopeScaling::Dynamic { factor, .. } => Some(factor),
+            _ => None,
+        });
+        let stretch = [scale, alpha, yarn, dynamic]
+            .into_iter()
+            .flatten()
+            .fold(1.0, f64::max);
+        let stretched = self.max_position_embeddings as f64 * stretch;
+        (stretched as usize).min(MAX_POSITIONS)
     }
 }

@@ -1,0 +1,346 @@
+//! The one decoder: a fixed sequence of operations on buffers made at load, for every family
+//! and every device.
+
+use std::sync::Arc;
+
+use oxllama_backend::{
+    AttentionArgs, Device, GatedLinear, HeadNorm, KvLayer, LinearOutput, LogitArgs, Norm,
+    NormLinears, Rope, Store,
+};
+
+use crate::stage::Activations;
+use crate::weights::{LayerLinears, LayerNorms};
+use crate::{LayerSpec, ModelError, ModelSpec, Runner, RunnerLimits, StepPlan};
+
+/// One layer on its device.
+pub(crate) struct Layer<D: Device> {
+    pub(crate) spec: LayerSpec,
+    pub(crate) linears: LayerLinears<Arc<D::Linear>>,
+    pub(crate) norms: LayerNorms<Norm<D::Buffer>, HeadNorm<D::Buffer>>,
+    pub(crate) cache: KvLayer<D::Buffer>,
+}
+
+/// What makes logits.
+pub(crate) struct Head<D: Device> {
+    pub(crate) norm: Norm<D::Buffer>,
+    /// Shared with the embedding where the two are tied and on one device.
+    pub(crate) linear: Arc<D::Linear>,
+}
+
+/// One device's part of a model.
+pub(crate) struct Stage<D: Device> {
+    pub(crate) device: D,
+    /// On the first device.
+    pub(crate) embedding: Option<Arc<D::Linear>>,
+    pub(crate) layers: Vec<Layer<D>>,
+    /// On the last device.
+    pub(crate) head: Option<Head<D>>,
+    pub(crate) activations: Activations<D::Buffer>,
+    pub(crate) workspace: D::Workspace,
+}
+
+/// A loaded model: its layers on one or several devices of one backend, its cache, and every
+/// buffer that a step needs. Made by [`Decoder::load`].
+pub struct Decoder<D: Device> {
+    spec: ModelSpec,
+    limits: RunnerLimits,
+    ropes: Vec<Rope>,
+    /// In the order in which a token passes them.
+    stages: Vec<Stage<D>>,
+    /// Stored out_features of the head.
+    head_width: usize,
+    /// `[max_logit_rows, head_width]` as the device gives them.
+    raw_logits: Vec<u8>,
+    /// `[max_logit_rows, vocab_size]`
+    logits: Vec<f32>,
+}
+
+impl<D: Device> Decoder<D> {
+    pub(crate) fn new(
+        spec: ModelSpec,
+        limits: RunnerLimits,
+        ropes: Vec<Rope>,
+        stages: Vec<Stage<D>>,
+        head_width: usize,
+    ) -> Self {
+        let rows = limits.max_logit_rows;
+        Self {
+            raw_logits: vec![0; rows * head_width * size_of::<f32>()],
+            logits: vec![0.0; rows * spec.vocab_size],
+            spec,
+            limits,
+            ropes,
+            stages,
+            head_width,
+        }
+    }
+
+    /// Runs the step's rows through embedding and layers; the last stage's `hidden` holds
+    /// the result.
+    fn forward(&mut self, step: &StepPlan) -> Result<(), ModelError> {
+        let rows = step.token_ids.len();
+        let hidden_bytes = rows * self.spec.hidden_size * size_of::<f32>();
+        let batch = step.batch();
+        for stage in &mut self.stages {
+            stage
+                .device
+                .begin_step(&batch, &self.ropes, &mut stage.workspace)?;
+        }
+        for index in 0..self.stages.len() {
+            let (before, from_here) = self.stages.split_at_mut(index);
+            let stage = &mut from_here[0];
+            match (before.last(), &stage.embedding) {
+                (Some(previous), _) => stage.device.copy_from_peer(
+                    &previous.activations.hidden,
+                    &mut stage.activations.hidden,
+                    hidden_bytes,
+                )?,
+                (None, Some(table)) => stage.device.embed(
+                    table,
+                    self.spec.embedding_scale,
+                    &mut stage.activations.hidden,
+                    &mut stage.workspace,
+                )?,
+                // Loading puts the embedding on the first device.
+                (None, None) => {}
+            }
+            for layer in &mut stage.layers {
+                let mut pass = LayerPass {
+                    spec: &self.spec,
+                    device: &stage.device,
+                    activations: &mut stage.activations,
+                    workspace: &mut stage.workspace,
+                    rows,
+                };
+                pass.run(layer)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the logits of `rows` of the last stage's hidden states and copies them to the
+    /// host without their padding.
+    fn make_logits(&mut self, rows: &[u32]) -> Result<&[f32], ModelError> {
+        let Some(Stage {
+            device,
+            head: Some(head),
+            activations,
+            workspace,
+            ..
+        }) = self.stages.last_mut()
+        else {
+            return Ok(&[]);
+        };
+        let (hidden_size, vocab_size) = (self.spec.hidden_size, self.spec.vocab_size);
+        device.gather_rows(
+            &activations.hidden,
+            rows,
+            hidden_size,
+            &mut activations.selected,
+        )?;
+        let mut linears = [LinearOutput {
+            weights: &*head.linear,
+            out: &mut activations.logits,
+        }];
+        let args = NormLinears {
+            norm: Some(&head.norm),
+            x: &activations.selected,
+            normed: &mut activations.normed,
+            linears: &mut linears,
+            rows: rows.len(),
+        };
+        device.norm_linears(args, workspace)?;
+        let args = LogitArgs {
+            rows: rows.len(),
+            width: self.head_width,
+            vocab_size,
+            scale: self.spec.logit_scale,
+            softcap: self.spec.logit_softcap,
+        };
+        device.finish_logits(&mut activations.logits, args)?;
+        let row_bytes = self.head_width * size_of::<f32>();
+        let raw = &mut self.raw_logits[..rows.len() * row_bytes];
+        device.download(&activations.logits, raw)?;
+        let logits = &mut self.logits[..rows.len() * vocab_size];
+        let by_row = raw
+            .chunks_exact(row_bytes)
+            .zip(logits.chunks_exact_mut(vocab_size));
+        for (raw, logits) in by_row {
+            for (logit, bytes) in logits.iter_mut().zip(raw.as_chunks().0) {
+                *logit = f32::from_ne_bytes(*bytes);
+            }
+        }
+        Ok(&*logits)
+    }
+}
+
+impl<D: Device> Runner for Decoder<D> {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn limits(&self) -> &RunnerLimits {
+        &self.limits
+    }
+
+    fn run(&mut self, step: &StepPlan) -> Result<&[f32], ModelError> {
+        step.check(&self.limits, self.spec.vocab_size)?;
+        self.forward(step)?;
+        if step.logit_rows.is_empty() {
+            return Ok(&[]);
+        }
+        self.make_logits(&step.logit_rows)
+    }
+}
+
+/// One pass of a step's rows through the layers of a device.
+struct LayerPass<'a, D: Device> {
+    spec: &'a ModelSpec,
+    device: &'a D,
+    activations: &'a mut Activations<D::Buffer>,
+    workspace: &'a mut D::Workspace,
+    rows: usize,
+}
+
+impl<D: Device> LayerPass<'_, D> {
+    /// `hidden` ← the layer's result; one function for every [`crate::BlockShape`].
+    fn run(&mut self, layer: &mut Layer<D>) -> Result<(), ModelError> {
+        let add = Store::Add {
+            scale: self.spec.residual_scale,
+        };
+        self.project(layer)?;
+        self.attend(layer)?;
+        let x = &self.activations.attended;
+        let (out, store) = match layer.norms.post_attention {
+            Some(_) => (&mut self.activations.branch, Store::Overwrite),
+            None => (&mut self.activations.hidden, add),
+        };
+        let output = LinearOutput {
+            weights: &*layer.linears.output,
+            out,
+        };
+        self.device
+            .linear(x, output, store, self.rows, self.workspace)?;
+        self.add_normed_branch(layer.norms.post_attention.as_ref())?;
+        if let Some(norm) = &layer.norms.mlp {
+            self.project_mlp(layer, norm)?;
+        }
+        let (out, store) = match layer.norms.post_mlp {
+            Some(_) => (&mut self.activations.branch, Store::Overwrite),
+            None => (&mut self.activations.hidden, add),
+        };
+        let args = GatedLinear {
+            activation: self.spec.activation,
+            gate: &mut self.activations.gate,
+            up: &self.activations.up,
+            weights: &*layer.linears.down,
+            out,
+            store,
+            rows: self.rows,
+        };
+        self.device.gated_linear(args, self.workspace)?;
+        self.add_normed_branch(layer.norms.post_mlp.as_ref())
+    }
+
+    /// Queries, keys and values of the normed hidden states; in parallel blocks, which have
+    /// no norm before the MLP, gate and up as well.
+    fn project(&mut self, layer: &Layer<D>) -> Result<(), ModelError> {
+        let LayerLinears {
+            query,
+            key,
+            value,
+            gate,
+            up,
+            ..
+        } = &layer.linears;
+        let activations = &mut *self.activations;
+        let mut linears = [
+            (query, &mut activations.queries),
+            (key, &mut activations.keys),
+            (value, &mut activations.values),
+            (gate, &mut activations.gate),
+            (up, &mut activations.up),
+        ]
+        .map(|(weights, out)| LinearOutput {
+            weights: &**weights,
+            out,
+        });
+        let linears = match layer.norms.mlp {
+            Some(_) => &mut linears[..3],
+            None => &mut linears[..],
+        };
+        let args = NormLinears {
+            norm: Some(&layer.norms.attention),
+            x: &activations.hidden,
+            normed: &mut activations.normed,
+            linears,
+            rows: self.rows,
+        };
+        Ok(self.device.norm_linears(args, self.workspace)?)
+    }
+
+    fn attend(&mut self, layer: &mut Layer<D>) -> Result<(), ModelError> {
+        let activations = &mut *self.activations;
+        let args = AttentionArgs {
+            queries: &mut activations.queries,
+            keys: &mut activations.keys,
+            values: &activations.values,
+            cache: &mut layer.cache,
+            out: &mut activations.attended,
+            query_norm: layer.norms.query.as_ref(),
+            key_norm: layer.norms.key.as_ref(),
+            rope: layer.spec.rope,
+            heads: self.spec.heads,
+            scale: self.spec.attention_scale,
+            softcap: self.spec.attention_softcap,
+            window: layer.spec.window,
+        };
+        Ok(self.device.attention(args, self.workspace)?)
+    }
+
+    /// Gate and up of the hidden states under a norm of their own.
+    fn project_mlp(&mut self, layer: &Layer<D>, norm: &Norm<D::Buffer>) -> Result<(), ModelError> {
+        let activations = &mut *self.activations;
+        let mut linears = [
+            LinearOutput {
+                weights: &*layer.linears.gate,
+                out: &mut activations.gate,
+            },
+            LinearOutput {
+                weights: &*layer.linears.up,
+                out: &mut activations.up,
+            },
+        ];
+        let args = NormLinears {
+            norm: Some(norm),
+            x: &activations.hidden,
+            normed: &mut activations.normed,
+            linears: &mut linears,
+            rows: self.rows,
+        };
+        Ok(self.device.norm_linears(args, self.workspace)?)
+    }
+
+    /// `hidden += scale · norm(branch)`, where the branch has a norm of its own; without one
+    /// its last linear has already added it.
+    fn add_normed_branch(&mut self, norm: Option<&Norm<D::Buffer>>) -> Result<(), ModelError> {
+        let Some(norm) = norm else {
+            return Ok(());
+        };
+        let activations = &mut *self.activations;
+        self.device.norm(
+            norm,
+            &activations.branch,
+            &mut activations.normed,
+            self.rows,
+            self.workspace,
+        )?;
+        self.device.add(
+            &activations.normed,
+            self.spec.residual_scale,
+            &mut activations.hidden,
+            self.rows * self.spec.hidden_size,
+        )?;
+        Ok(())
+    }
+}

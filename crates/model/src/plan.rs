@@ -1,0 +1,278 @@
+//! From headers to a plan: every byte that a model takes, before one is read.
+
+use oxllama_backend::{Device, PAGE_TOKENS};
+use oxllama_format::{GptqConfig, ModelSource};
+use oxllama_memory::{
+    Bytes, CacheFormat, DeviceId, DeviceRole, Inventory, LayerFootprint, ModelFootprint, Plan,
+    PlanRequest, Policy, StepLimits, plan,
+};
+
+use crate::stage::{StageShape, step_rows, to_usize};
+use crate::weights::{LayerNorms, StoredHeadNorm, StoredLinear, StoredNorm, StoredWeights};
+use crate::{ModelError, ModelSpec};
+
+/// Bytes of a norm's weight on a device.
+const NORM_ELEMENT_BYTES: u64 = 4;
+
+/// Bounds of a request that no machine reaches; they keep sizes far from overflow.
+const MAX_CHUNK_TOKENS: u64 = 1 << 20;
+const MAX_BATCH: u64 = 1 << 16;
+
+/// What a model shall serve, and where.
+#[derive(Debug, Clone)]
+pub struct ModelRequest {
+    /// Tokens of context of each sequence; `None` for the longest that fits, up to the
+    /// model's maximum.
+    pub context_tokens: Option<u64>,
+    /// Sequences of full context held at a time.
+    pub batch: u64,
+    /// Tokens of one step, all sequences together.
+    pub chunk_tokens: u64,
+    /// Rows of one step whose logits may be asked for; at least `batch` are planned.
+    pub logit_rows: u64,
+    /// The format of the cache.
+    pub cache: CacheFormat,
+    /// How layers are distributed.
+    pub policy: Policy,
+    /// The most to be used of single devices.
+    pub caps: Vec<(DeviceId, Bytes)>,
+    /// Devices not to be used.
+    pub excluded: Vec<DeviceId>,
+}
+
+/// One sequence of the longest context that fits, chunks of 512 tokens, an fp16 cache.
+impl Default for ModelRequest {
+    fn default() -> Self {
+        Self {
+            context_tokens: None,
+            batch: 1,
+            chunk_tokens: 512,
+            logit_rows: 1,
+            cache: CacheFormat::F16,
+            policy: Policy::Fill,
+            caps: Vec::new(),
+            excluded: Vec::new(),
+        }
+    }
+}
+
+/// What goes on which device, ready to be loaded.
+#[derive(Debug, Clone)]
+pub struct ModelPlan {
+    /// Bytes by device and purpose.
+    pub memory: Plan,
+    /// Rows of one step whose logits may be asked for.
+    pub logit_rows: usize,
+}
+
+impl ModelPlan {
+    /// The largest step that is planned for.
+    pub(crate) fn step_limits(&self) -> StepLimits {
+        StepLimits {
+            chunk_tokens: self.memory.chunk_tokens,
+            batch: self.memory.batch,
+            context_tokens: self.memory.context_tokens,
+        }
+    }
+}
+
+/// What a model takes on a kind of device, read from its headers.
+pub struct Footprint<'a, D> {
+    spec: &'a ModelSpec,
+    device: &'a D,
+    head_width: usize,
+    model: ModelFootprint,
+}
+
+impl<'a, D: Device> Footprint<'a, D> {
+    /// Reads the headers of `source` and checks them against `spec`. `device` is any device
+    /// of the kind that is planned for: it knows how large its repacked weights are.
+    ///
+    /// # Errors
+    /// A weight is missing, contradicts the configuration, or its header is malformed.
+    pub fn read(
+        source: &ModelSource,
+        spec: &'a ModelSpec,
+        device: &'a D,
+    ) -> Result<Self, ModelError> {
+        let weights = StoredWeights::find(source.tensors(), &source.gptq_config()?, spec)?;
+        Ok(Self::of_weights(&weights, model_name(source), spec, device))
+    }
+
+    pub(crate) fn of_weights(
+        weights: &StoredWeights,
+        name: String,
+        spec: &'a ModelSpec,
+        device: &'a D,
+    ) -> Self {
+        let linear_bytes = |linear: &StoredLinear| device.linear_bytes(&linear.header);
+        let layers = weights.layers.iter().map(|layer| {
+            let linears = layer.linears.as_array();
+            let bytes = linears
+                .iter()
+                .map(|linear| linear_bytes(linear))
+                .fold(norm_bytes(&layer.norms, spec), Bytes::saturating_add);
+            let elements = |linear: &&StoredLinear| {
+                linear.header.in_features as u64 * linear.header.out_features as u64
+            };
+            LayerFootprint {
+                weights: bytes,
+                weight_elements: linears.iter().map(elements).sum(),
+                kv_elements_per_token: 2 * spec.kv_width() as u64,
+            }
+        });
+        let head = weights.head_linear();
+        let model = ModelFootprint {
+            name,
+            embedding: linear_bytes(&weights.embedding),
+            final_norm: row_norm_bytes(spec),
+            head: linear_bytes(head),
+            head_tied_to_embedding: weights.head.is_none(),
+            layers: layers.collect(),
+            max_context_tokens: spec.max_context_tokens() as u64,
+            page_tokens: PAGE_TOKENS as u64,
+        };
+        Self {
+            spec,
+            device,
+            head_width: head.header.out_features,
+            model,
+        }
+    }
+
+    /// The parts of the model in bytes.
+    pub fn model(&self) -> &ModelFootprint {
+        &self.model
+    }
+
+    /// Bytes of activations, logits and the backend's scratch on a device of `role`.
+    pub fn workspace(
+        &self,
+        cache: CacheFormat,
+        logit_rows: usize,
+        role: &DeviceRole,
+        limits: &StepLimits,
+    ) -> Bytes {
+        let shape = StageShape::new(
+            self.spec,
+            self.head_width,
+            cache,
+            logit_rows.max(to_usize(limits.batch)),
+            role,
+            limits,
+        );
+        let scratch = self.device.workspace_bytes(&shape.workspace);
+        shape.activation_bytes().saturating_add(scratch)
+    }
+
+    /// Places the model on the devices of `inventory`.
+    ///
+    /// # Errors
+    /// [`ModelError::Plan`]: it does not fit, with what would; or the request makes no sense.
+    pub fn plan(
+        &self,
+        inventory: &Inventory,
+        request: &ModelRequest,
+    ) -> Result<ModelPlan, ModelError> {
+        check_request(request)?;
+        let asked_logit_rows = to_usize(request.logit_rows);
+        let workspace = |role: &DeviceRole, limits: &StepLimits| {
+            self.workspace(request.cache, asked_logit_rows, role, limits)
+        };
+        let memory = plan(
+            inventory,
+            &PlanRequest {
+                footprint: &self.model,
+                workspace: &workspace,
+                context_tokens: request.context_tokens,
+                batch: request.batch,
+                chunk_tokens: request.chunk_tokens,
+                cache: request.cache,
+                policy: request.policy.clone(),
+                caps: request.caps.clone(),
+                excluded: request.excluded.clone(),
+            },
+        )?;
+        let limits = StepLimits {
+            chunk_tokens: memory.chunk_tokens,
+            batch: memory.batch,
+            context_tokens: memory.context_tokens,
+        };
+        let logit_rows = asked_logit_rows
+            .max(to_usize(memory.batch))
+            .min(step_rows(&limits));
+        Ok(ModelPlan { memory, logit_rows })
+    }
+}
+
+/// Reads headers and places the model on the devices of `inventory`: [`Footprint::read`] and
+/// [`Footprint::plan`] in one. `device` is any device of the kind that is planned for.
+///
+/// # Errors
+/// As those two.
+pub fn plan_model<D: Device>(
+    source: &ModelSource,
+    spec: &ModelSpec,
+    device: &D,
+    inventory: &Inventory,
+    request: &ModelRequest,
+) -> Result<ModelPlan, ModelError> {
+    Footprint::read(source, spec, device)?.plan(inventory, request)
+}
+
+/// Finds the weights of a model for loading.
+pub(crate) fn find_weights(
+    source: &ModelSource,
+    spec: &ModelSpec,
+) -> Result<(StoredWeights, GptqConfig), ModelError> {
+    let gptq = source.gptq_config()?;
+    let weights = StoredWeights::find(source.tensors(), &gptq, spec)?;
+    Ok((weights, gptq))
+}
+
+/// The name by which plans and the ledger know a model: its directory's or file's.
+pub(crate) fn model_name(source: &ModelSource) -> String {
+    let path = source.path();
+    let full = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    match full.file_name() {
+        Some(name) => name.to_string_lossy().into_owned(),
+        None => full.to_string_lossy().into_owned(),
+    }
+}
+
+fn check_request(request: &ModelRequest) -> Result<(), ModelError> {
+    for (what, found, most) in [
+        (
+            "tokens in its largest step",
+            request.chunk_tokens,
+            MAX_CHUNK_TOKENS,
+        ),
+        ("sequences", request.batch, MAX_BATCH),
+    ] {
+        if !(1..=most).contains(&found) {
+            return Err(ModelError::Request {
+                what,
+                found,
+                expected: format!("1 to {most}"),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of one norm over the row's width.
+pub(crate) fn row_norm_bytes(spec: &ModelSpec) -> Bytes {
+    Bytes(spec.hidden_size as u64 * NORM_ELEMENT_BYTES)
+}
+
+/// Bytes of the norm of `heads` heads.
+pub(crate) fn head_norm_bytes(spec: &ModelSpec, heads: usize) -> Bytes {
+    Bytes((heads * spec.head_dim) as u64 * NORM_ELEMENT_BYTES)
+}
+
+/// Bytes of all norms of a layer.
+fn norm_bytes(norms: &LayerNorms<StoredNorm, StoredHeadNorm>, spec: &ModelSpec) -> Bytes {
+    let rows = norms.rows().map(|_| row_norm_bytes(spec));
+    let heads = norms.heads().map(|norm| head_norm_bytes(spec, norm.heads));
+    rows.chain(heads).fold(Bytes::ZERO, Bytes::saturating_add)
+}
