@@ -77,7 +77,8 @@ impl<'a> Generator<'a> {
         let decode_start = Instant::now();
         let outcome = self.decode(job, drawn, &mut sampler, &mut output, on_event);
         timings.decode_s = decode_start.elapsed().as_secs_f64();
-        timings.generated_tokens = output.drawn_tokens;
+        timings.generated_tokens = output.token_ids.len();
+        timings.decode_steps = output.drawn_tokens.saturating_sub(1);
         let (reason, error) = match outcome {
             Ok(reason) => (reason, None),
             Err(error) => (FinishReason::Error, Some(error)),
@@ -147,7 +148,7 @@ impl<'a> Generator<'a> {
         job: &Job,
         mut drawn: Drawn,
         sampler: &mut Sampler,
-        output: &mut Output<'_>,
+        output: &mut Output,
         on_event: &mut dyn FnMut(Event<'_>) -> ControlFlow<()>,
     ) -> Result<FinishReason, EngineError> {
         loop {
@@ -234,8 +235,8 @@ fn logprob(logits: &[f32], token_id: u32, count: usize) -> TokenLogprob {
 }
 
 /// The answer as it grows.
-struct Output<'a> {
-    decoder: StreamDecoder<'a>,
+struct Output {
+    decoder: StreamDecoder,
     stops: StopMatcher,
     text: String,
     token_ids: Vec<u32>,
@@ -246,10 +247,10 @@ struct Output<'a> {
     stopped: bool,
 }
 
-impl<'a> Output<'a> {
-    fn new(job: &Job, tokenizer: &'a Tokenizer) -> Result<Self, EngineError> {
+impl Output {
+    fn new(job: &Job, tokenizer: &Tokenizer) -> Result<Self, EngineError> {
         Ok(Self {
-            decoder: tokenizer.stream_decoder(),
+            decoder: tokenizer.stream_decoder(true),
             stops: StopMatcher::new(&job.stop_strings)?,
             text: String::new(),
             token_ids: Vec::new(),
@@ -269,9 +270,8 @@ impl<'a> Output<'a> {
         if let (Some(all), Some(logprob)) = (&mut self.logprobs, drawn.logprob) {
             all.push(logprob);
         }
-        let decoded = self.decoder.push(drawn.token_id);
-        let released = self.stops.push(&decoded);
-        self.stopped = released.stopped;
+        let released = self.stops.push(self.decoder.push(drawn.token_id));
+        self.stopped = released.matched.is_some();
         let flow = self.emit(&released.text, on_event);
         if self.stopped { ControlFlow::Break(()) } else { flow }
     }
@@ -296,10 +296,9 @@ impl<'a> Output<'a> {
     ) -> Completion {
         if !self.stopped {
             // The last bytes may complete a stop string still, or only look like the start of one.
-            let tail = self.decoder.finish();
-            let released = self.stops.push(&tail);
+            let released = self.stops.push(self.decoder.finish());
             let mut rest = released.text;
-            if !released.stopped {
+            if released.matched.is_none() {
                 rest.push_str(&self.stops.finish());
             }
             // Nobody is left to break off.

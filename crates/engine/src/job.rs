@@ -80,18 +80,20 @@ pub struct Timings {
     pub cached_tokens: usize,
     /// Seconds until the prompt's last logits.
     pub prefill_s: f64,
-    /// Tokens drawn, a stop token included.
+    /// Tokens of the answer, without a stop token.
     pub generated_tokens: usize,
+    /// Forward steps after the prefill.
+    pub decode_steps: usize,
     /// Seconds from there to the end.
     pub decode_s: f64,
 }
 
 impl Timings {
-    /// Generated tokens a second. The first token comes with the prefill, so it does not
-    /// count; `None` when there was no second.
+    /// Decode steps a second; `None` if there was none (the first token comes with the
+    /// prefill).
     pub fn decode_tokens_per_second(&self) -> Option<f64> {
-        (self.generated_tokens > 1 && self.decode_s > 0.0)
-            .then(|| (self.generated_tokens - 1) as f64 / self.decode_s)
+        (self.decode_steps > 0 && self.decode_s > 0.0)
+            .then(|| self.decode_steps as f64 / self.decode_s)
     }
 }
 

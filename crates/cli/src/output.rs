@@ -1,0 +1,67 @@
+//! What reaches the terminal.
+
+use std::io::{self, IsTerminal, Write};
+
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+/// Writes to standard output and flushes, so that streamed text appears at once.
+pub(crate) fn text(text: &str) -> Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()?;
+    Ok(())
+}
+
+/// Writes a line to standard output.
+pub(crate) fn line(line: impl std::fmt::Display) -> Result<()> {
+    text(&format!("{line}\n"))
+}
+
+/// Prints one JSON object.
+pub(crate) fn json<T: Serialize>(value: &T) -> Result<()> {
+    line(serde_json::to_string_pretty(value)?)
+}
+
+/// A note to the user on standard error.
+#[expect(clippy::print_stderr, reason = "the one place that writes notes")]
+pub(crate) fn note(note: impl std::fmt::Display) {
+    eprintln!("{note}");
+}
+
+/// An error with its causes, on standard error.
+pub(crate) fn error(error: &anyhow::Error) {
+    // A typed error's own message often ends with its source's: print each text once.
+    let mut message = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if !message.contains(&cause) {
+            if !message.is_empty() {
+                message.push_str(": ");
+            }
+            message.push_str(&cause);
+        }
+    }
+    note(format!("oxllama: {message}"));
+}
+
+/// Whether the reader of our output went away (`oxllama … | head`), which is no error.
+pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .chain()
+        .filter_map(|cause| cause.downcast_ref::<io::Error>())
+        .any(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// A bar that counts bytes on standard error; invisible when that is not a terminal.
+pub(crate) fn byte_bar(what: &str, total_bytes: u64) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template(
+        "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+    )
+    .map_or_else(|_| ProgressStyle::default_bar(), |style| style.progress_chars("=> "));
+    ProgressBar::new(total_bytes).with_style(style).with_message(what.to_owned())
+}
