@@ -1,12 +1,14 @@
 //! A model as one thing: its tensors and the documents beside them.
 
 use std::borrow::Cow;
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use crate::config_json::{ConfigView, MAX_CONFIG_BYTES, read_json_object, read_optional_file};
+use crate::gguf::GgufModel;
 use crate::{FormatError, GptqConfig, SafetensorsDir, TensorSource};
 
 /// Largest tokenizer.json that is read; the largest known one has 33 MB.
@@ -26,14 +28,15 @@ pub struct ModelSource {
 /// Where tensors and tokenizer come from.
 enum Contents {
     Directory(SafetensorsDir),
+    Gguf(Box<GgufModel>),
 }
 
 impl ModelSource {
-    /// Opens a directory in Hugging Face's layout.
+    /// Opens a directory in Hugging Face's layout, or a GGUF file, which is presented as one.
     ///
     /// # Errors
-    /// The path does not exist, config.json or every safetensors file is missing, or a document
-    /// or header does not hold together.
+    /// The path does not exist or is neither; config.json or every safetensors file is missing;
+    /// a document or header does not hold together.
     pub fn open(path: &Path) -> Result<Self, FormatError> {
         let metadata = match fs::metadata(path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -47,12 +50,23 @@ impl ModelSource {
         if metadata.is_dir() {
             return Self::open_directory(path);
         }
-        Err(FormatError::malformed(
-            path,
-            "model",
-            "a file of another kind",
-            "a directory with config.json and safetensors files, or a .gguf file",
-        ))
+        if !metadata.is_file() || !is_gguf(path)? {
+            return Err(FormatError::malformed(
+                path,
+                "model",
+                "a file of another kind",
+                "a directory with config.json and safetensors files, or a .gguf file",
+            ));
+        }
+        let model = GgufModel::open(path)?;
+        Ok(ModelSource {
+            path: path.to_path_buf(),
+            config_path: path.to_path_buf(),
+            config: model.config().clone(),
+            generation_config: model.generation_config().cloned(),
+            tokenizer_config: Some(model.tokenizer_config().clone()),
+            contents: Contents::Gguf(Box::new(model)),
+        })
     }
 
     /// Opens a directory with config.json and safetensors files.
@@ -84,6 +98,7 @@ impl ModelSource {
     pub fn tensors(&self) -> &dyn TensorSource {
         match &self.contents {
             Contents::Directory(tensors) => tensors,
+            Contents::Gguf(model) => model.as_ref(),
         }
     }
 
@@ -110,12 +125,13 @@ impl ModelSource {
         self.generation_config.as_ref()
     }
 
-    /// The bytes of tokenizer.json.
+    /// The bytes of tokenizer.json, or of one made from a GGUF file's vocabulary.
     ///
     /// # Errors
-    /// The file is missing or cannot be read.
+    /// The file is missing or cannot be read, or the vocabulary is of an unknown kind.
     pub fn tokenizer_json(&self) -> Result<Cow<'_, [u8]>, FormatError> {
         match &self.contents {
+            Contents::Gguf(model) => model.tokenizer_json().map(Cow::Owned),
             Contents::Directory(_) => {
                 let path = self.path.join("tokenizer.json");
                 read_optional_file(&path, MAX_TOKENIZER_BYTES)?
@@ -138,7 +154,25 @@ impl ModelSource {
     pub fn stored_bytes(&self) -> u64 {
         match &self.contents {
             Contents::Directory(tensors) => tensors.stored_bytes(),
+            Contents::Gguf(model) => model.stored_bytes(),
         }
+    }
+}
+
+/// Whether a file starts as GGUF files do, or at least is named like one.
+fn is_gguf(path: &Path) -> Result<bool, FormatError> {
+    if path
+        .extension()
+        .is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+    {
+        return Ok(true);
+    }
+    let mut magic = [0u8; 4];
+    let file = File::open(path).map_err(|source| FormatError::io(path, "open", source))?;
+    match (&file).read_exact(&mut magic) {
+        Ok(()) => Ok(&magic == b"GGUF"),
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(FormatError::io(path, "read", error)),
     }
 }
 
