@@ -59,7 +59,9 @@ impl HostBuffer {
 
     /// The whole buffer as elements of `T` (a trailing partial element is left out).
     pub fn as_slice<T: Pod>(&self) -> &[T] {
-        let bytes: &[u8] = self.memory.as_deref().unwrap_or(&[]);
+        let Some(bytes) = self.memory.as_deref() else {
+            return &[];
+        };
         let whole = bytes.len() / size_of::<T>() * size_of::<T>();
         // Mappings start at page boundaries, so the cast cannot fail on alignment.
         bytemuck::cast_slice(&bytes[..whole])
@@ -67,8 +69,71 @@ impl HostBuffer {
 
     /// As [`Self::as_slice`], to write.
     pub fn as_mut_slice<T: Pod>(&mut self) -> &mut [T] {
-        let bytes: &mut [u8] = self.memory.as_deref_mut().unwrap_or(&mut []);
+        let Some(bytes) = self.memory.as_deref_mut() else {
+            return &mut [];
+        };
         let whole = bytes.len() / size_of::<T>() * size_of::<T>();
         bytemuck::cast_slice_mut(&mut bytes[..whole])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use oxllama_memory::{Ledger, Purpose};
+
+    use super::*;
+
+    fn reserve(ledger: &Ledger, device: &DeviceId, bytes: u64) -> Reservation {
+        ledger
+            .reserve(device, "test", Purpose::Workspace, Bytes(bytes))
+            .expect("the ledger has room")
+    }
+
+    #[test]
+    fn a_buffer_is_zeroed_and_holds_its_reservation_until_dropped() {
+        let device = DeviceId::cpu(0);
+        let ledger = Ledger::for_device(device.clone(), Bytes(10_000));
+        let used = || ledger.usage(&device).expect("the device is known").used;
+
+        let reservation = reserve(&ledger, &device, 4099);
+        let mut buffer = HostBuffer::allocate(&device, reservation).expect("a small mapping");
+        assert_eq!(buffer.size(), Bytes(4099));
+        assert_eq!(used(), Bytes(4099));
+        assert_eq!(buffer.as_slice::<u8>(), vec![0; 4099]);
+        // The three bytes past the last whole element belong to no element.
+        assert_eq!(buffer.as_slice::<f32>(), vec![0.0; 1024]);
+
+        buffer.as_mut_slice::<f32>()[1023] = 1.0;
+        assert_eq!(buffer.as_slice::<u32>()[1023], 0x3F80_0000);
+        drop(buffer);
+        assert_eq!(used(), Bytes::ZERO);
+    }
+
+    #[test]
+    fn an_empty_buffer_has_no_elements_of_any_type() {
+        let device = DeviceId::cpu(0);
+        let ledger = Ledger::for_device(device.clone(), Bytes::ZERO);
+        let reservation = reserve(&ledger, &device, 0);
+        let mut buffer = HostBuffer::allocate(&device, reservation).expect("nothing to map");
+        assert!(buffer.as_slice::<u64>().is_empty());
+        assert!(buffer.as_mut_slice::<u64>().is_empty());
+    }
+
+    #[test]
+    fn a_reservation_of_another_device_is_refused_and_given_back() {
+        let (here, there) = (DeviceId::cpu(0), DeviceId::cpu(1));
+        let ledger = Ledger::for_device(there.clone(), Bytes(100));
+        let reservation = reserve(&ledger, &there, 100);
+        let error = HostBuffer::allocate(&here, reservation).expect_err("another device");
+        assert!(
+            matches!(
+                &error,
+                DeviceError::WrongDevice { device, reserved_on }
+                    if *device == here && *reserved_on == there
+            ),
+            "{error}"
+        );
+        let usage = ledger.usage(&there).expect("the device is known");
+        assert_eq!(usage.used, Bytes::ZERO);
     }
 }
