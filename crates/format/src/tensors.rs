@@ -38,7 +38,7 @@ pub(crate) fn require<'s>(
         return Err(FormatError::MissingTensor {
             path: source.file_of(name).to_path_buf(),
             tensor: name.to_owned(),
-            expected: why.to_owned(),
+            expected: format!("expected {why}"),
         });
     };
     if !dtypes.contains(&info.dtype) {

@@ -90,7 +90,7 @@ pub(super) fn read_header(
         &scale_shape,
         "[G, N/8] for q_weight's N",
     )?;
-    let per_group = "one per group of q_scale";
+    let per_group = "one per EXL2 group of q_scale";
     require_shape(
         source,
         &name("q_scale_max"),
@@ -104,7 +104,7 @@ pub(super) fn read_header(
         &name("q_groups"),
         &[DType::I16],
         &[pairs],
-        "two per group of q_scale",
+        "two per EXL2 group of q_scale",
     )?;
     let in_features = permutation_len(source, &name("q_invperm"))?;
     Ok(LinearHeader {

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::path::PathBuf;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -34,6 +35,8 @@ pub(super) fn read_header(
 #[derive(Debug, Clone)]
 pub struct FloatLinear<'a> {
     key: String,
+    /// For errors in the data, which is looked at later.
+    path: PathBuf,
     in_features: usize,
     out_features: usize,
     dtype: DType,
@@ -64,9 +67,11 @@ impl<'a> FloatLinear<'a> {
         prescale: f32,
     ) -> Result<Self, FormatError> {
         let header = read_header(source, key)?;
-        let data = source.read(&format!("{key}.weight"))?;
+        let name = format!("{key}.weight");
+        let data = source.read(&name)?;
         Ok(FloatLinear {
             key: key.to_owned(),
+            path: source.file_of(&name).to_path_buf(),
             in_features: header.in_features,
             out_features: header.out_features,
             dtype: data.info.dtype,
@@ -183,6 +188,7 @@ impl<'a> FloatLinear<'a> {
         let byte_range = range.start * row_bytes..range.end * row_bytes;
         Ok(FloatLinear {
             key: self.key.clone(),
+            path: self.path.clone(),
             in_features: self.in_features,
             out_features: range.len(),
             dtype: self.dtype,
@@ -217,7 +223,7 @@ impl<'a> FloatLinear<'a> {
         let size = self.dtype.size_bytes();
         let bytes = &self.bytes[position * size..][..size];
         Err(FormatError::invalid_tensor(
-            std::path::Path::new(""),
+            &self.path,
             &format!("{}.weight", self.key),
             format!("element [{row}, {column}]"),
             floats_to_f32(self.dtype, Cow::Borrowed(bytes))[0],

@@ -15,7 +15,12 @@ use oxllama_format::{
 pub(crate) type Tensor = (TensorInfo, Vec<u8>);
 
 /// A tensor from elements.
-pub(crate) fn tensor<T: NoUninit>(name: &str, dtype: DType, shape: &[usize], elements: &[T]) -> Tensor {
+pub(crate) fn tensor<T: NoUninit>(
+    name: &str,
+    dtype: DType,
+    shape: &[usize],
+    elements: &[T],
+) -> Tensor {
     let info = TensorInfo {
         name: name.to_owned(),
         dtype,
