@@ -3,7 +3,7 @@
 //! Two kinds of vocabulary: byte-level BPE (`gpt2`), whose merges are in the file, and
 //! SentencePiece BPE (`llama`), whose merges follow from the scores of its pieces.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde_json::{Map, Value, json};
 
@@ -22,6 +22,10 @@ const TURN_ENDS: [&str; 5] = [
     "<|end|>",
     "<end_of_turn>",
 ];
+
+/// Longest token accepted, in bytes: several times what any vocabulary has. Finding the merges
+/// of a vocabulary takes time proportional to its tokens' lengths squared.
+const MAX_TOKEN_BYTES: usize = 1_024;
 
 /// What a token is, numbered as in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,6 +118,16 @@ impl<'a> Tokenizer<'a> {
                 format!("1 to {rows}, the rows of `token_embd.weight`"),
             ));
         }
+        if let Some(id) = tokens
+            .iter()
+            .position(|token| token.len() > MAX_TOKEN_BYTES)
+        {
+            return Err(GgufError::malformed(
+                format!("token {id}"),
+                format!("{} bytes", tokens[id].len()),
+                format!("at most {MAX_TOKEN_BYTES} bytes"),
+            ));
+        }
         let kinds = token_kinds(metadata, tokens.len())?;
         let special = |name: &str| special_token(metadata, name, tokens.len());
         let (bos, eos) = (special("bos_token_id")?, special("eos_token_id")?);
@@ -177,13 +191,8 @@ impl<'a> Tokenizer<'a> {
                 })
                 .map(|(id, _)| id),
         );
-        let mut seen = Vec::new();
-        ends.retain(|id| {
-            !seen.contains(id) && {
-                seen.push(*id);
-                true
-            }
-        });
+        let mut seen = HashSet::new();
+        ends.retain(|id| seen.insert(*id));
         let mut document = Map::new();
         if let Some(bos) = self.bos {
             document.insert("bos_token_id".to_owned(), json!(bos));
