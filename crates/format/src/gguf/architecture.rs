@@ -86,6 +86,8 @@ pub(crate) struct Architecture {
     rotary_pairs: bool,
     /// Whether norm weights are stored with 1 added.
     norms_plus_one: bool,
+    /// Whether Hugging Face's class assumes a padding token where `config.json` is silent.
+    pub(crate) assumes_padding: bool,
 }
 
 /// Every family that can be converted.
@@ -97,6 +99,7 @@ const ARCHITECTURES: &[Architecture] = &[
         layer_tensors: &[ATTENTION, FFN_NORM, MLP],
         rotary_pairs: true,
         norms_plus_one: false,
+        assumes_padding: false,
     },
     Architecture {
         name: "qwen2",
@@ -105,6 +108,7 @@ const ARCHITECTURES: &[Architecture] = &[
         layer_tensors: &[ATTENTION, FFN_NORM, MLP],
         rotary_pairs: false,
         norms_plus_one: false,
+        assumes_padding: false,
     },
     Architecture {
         name: "qwen3",
@@ -113,6 +117,7 @@ const ARCHITECTURES: &[Architecture] = &[
         layer_tensors: &[ATTENTION, QK_NORMS, FFN_NORM, MLP],
         rotary_pairs: false,
         norms_plus_one: false,
+        assumes_padding: false,
     },
     Architecture {
         name: "gemma2",
@@ -121,6 +126,7 @@ const ARCHITECTURES: &[Architecture] = &[
         layer_tensors: &[ATTENTION, FOUR_NORMS, MLP],
         rotary_pairs: false,
         norms_plus_one: true,
+        assumes_padding: true,
     },
     Architecture {
         name: "gemma3",
@@ -129,6 +135,7 @@ const ARCHITECTURES: &[Architecture] = &[
         layer_tensors: &[ATTENTION, QK_NORMS, FOUR_NORMS, MLP],
         rotary_pairs: false,
         norms_plus_one: true,
+        assumes_padding: true,
     },
     Architecture {
         name: "phi3",
@@ -137,6 +144,7 @@ const ARCHITECTURES: &[Architecture] = &[
         layer_tensors: &[PHI3],
         rotary_pairs: false,
         norms_plus_one: false,
+        assumes_padding: true,
     },
 ];
 

@@ -85,7 +85,7 @@ impl GgufModel {
         };
         let mut config = builder.build(facts)?;
         let tokenizer = Tokenizer::new(metadata, architecture.name, embedding[0])?;
-        tokenizer.add_ids(&mut config);
+        tokenizer.add_ids(&mut config, architecture.assumes_padding);
         let tokenizer_config = tokenizer.config(config.get("max_position_embeddings"))?;
         let generation_config = tokenizer.generation_config()?;
         Ok(GgufModel {

@@ -168,10 +168,13 @@ impl<'a> Tokenizer<'a> {
         })
     }
 
-    /// `bos_token_id` and `eos_token_id` for `config.json`.
-    pub(crate) fn add_ids(&self, config: &mut Map<String, Value>) {
+    /// `bos_token_id` and `eos_token_id` for `config.json`, and `pad_token_id` on request.
+    pub(crate) fn add_ids(&self, config: &mut Map<String, Value>, with_padding: bool) {
         config.insert("bos_token_id".to_owned(), json!(self.bos));
         config.insert("eos_token_id".to_owned(), json!(self.eos));
+        if with_padding {
+            config.insert("pad_token_id".to_owned(), json!(self.padding));
+        }
     }
 
     /// `generation_config.json`: BOS, padding, and every token that ends a text or a turn.

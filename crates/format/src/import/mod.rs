@@ -189,3 +189,51 @@ fn write_json(path: &Path, document: &Value) -> Result<(), FormatError> {
 fn write_file(path: &Path, bytes: &[u8]) -> Result<(), FormatError> {
     fs::write(path, bytes).map_err(|source| FormatError::io(path, "write", source))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::SafetensorsDir;
+
+    #[test]
+    fn a_large_model_is_cut_into_files_with_an_index() {
+        let source =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/gguf/gemma3.gguf");
+        let work = tempfile::tempdir().unwrap();
+        let target = work.path().join("model");
+        let max_shard_bytes = 100_000;
+        let summary =
+            import_with_shards(&source, &target, max_shard_bytes, &mut |_, _| {}).unwrap();
+        assert!(summary.shards > 3);
+
+        let model = GgufModel::open(&source).unwrap();
+        let imported = SafetensorsDir::open(&target).unwrap();
+        assert!(imported.infos().eq(model.infos()));
+        for info in model.infos() {
+            let (found, expected) = (imported.read(&info.name), model.read(&info.name));
+            assert_eq!(
+                found.unwrap().bytes,
+                expected.unwrap().bytes,
+                "{}",
+                info.name
+            );
+        }
+
+        let index = fs::read(target.join("model.safetensors.index.json")).unwrap();
+        let index: Value = serde_json::from_slice(&index).unwrap();
+        assert_eq!(index["metadata"]["total_size"], summary.tensor_bytes);
+        let map = index["weight_map"].as_object().unwrap();
+        assert_eq!(map.len(), summary.tensors);
+        for (name, file) in map {
+            let file = target.join(file.as_str().unwrap());
+            assert_eq!(imported.file_of(name), file, "{name}");
+            let held: u64 = map
+                .iter()
+                .filter(|(_, other)| target.join(other.as_str().unwrap()) == file)
+                .filter_map(|(name, _)| model.info(name))
+                .map(TensorInfo::size_bytes)
+                .sum();
+            assert!(held <= max_shard_bytes, "{}: {held} bytes", file.display());
+        }
+    }
+}
