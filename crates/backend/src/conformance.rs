@@ -21,6 +21,7 @@
 mod attention;
 mod elementwise;
 mod linear;
+mod linear_cases;
 mod oracle;
 mod random;
 mod weights;

@@ -100,12 +100,17 @@ fn table() -> Vec<(String, AttentionCase)> {
     );
     add("three pages", AttentionCase::new(2, 1, 64, &[530]));
     let base = AttentionCase::new(4, 2, 64, &[50, 9]);
-    for window in [1, 2, 33, 64] {
+    for (words, window) in [
+        ("window 1", 1),
+        ("window 2", 2),
+        ("window 33", 33),
+        ("a window beyond the first token", 64),
+    ] {
         let case = AttentionCase {
             window: Some(window),
             ..base.clone()
         };
-        add(&format!("window {window}"), case);
+        add(words, case);
     }
     for window in [100, 256, 257] {
         let case = AttentionCase {
