@@ -1,0 +1,9 @@
+//! Whole models: loaded by plan, run on the scalar backend, held against other programs.
+
+mod families;
+mod files;
+mod harness;
+mod ledger;
+mod planning;
+mod smollm2;
+mod split;

@@ -1,0 +1,105 @@
+//! What must not change a model's bits: on how many devices it lies, and how a prompt is cut.
+
+use oxllama_memory::{Bytes, Policy};
+use oxllama_model::{ModelRequest, Runner, StepPlan};
+
+use crate::families::fixture;
+use crate::harness::{Loaded, Sequence, exact_request, load, load_on, virtual_devices};
+
+fn prompt(length: usize) -> Vec<u32> {
+    (0..length as u32)
+        .map(|index| (index * 37 + 11) % 128)
+        .collect()
+}
+
+/// A request of chunks up to 512 over a context of two pages.
+fn request() -> ModelRequest {
+    ModelRequest {
+        policy: Policy::Balanced,
+        ..exact_request(512)
+    }
+}
+
+/// Loads a fixture whose configuration allows 512 positions.
+fn load_stretched(name: &str, devices: u32) -> Loaded {
+    let path = crate::files::altered_copy(
+        &fixture(name),
+        |config| {
+            config.insert("max_position_embeddings".to_owned(), 1024.into());
+        },
+        |_| {},
+    );
+    let (inventory, ledger) = virtual_devices(devices, Bytes::from_mib(64));
+    load_on(path.path(), &request(), &inventory, ledger).expect("a model")
+}
+
+#[test]
+fn layers_on_several_devices_give_the_same_bits() {
+    for name in ["llama3", "gemma3", "cohere"] {
+        let mut expected = None;
+        for devices in 1..=4 {
+            let mut loaded = load_stretched(name, devices);
+            assert_eq!(loaded.plan.memory.devices.len(), devices as usize, "{name}");
+            let mut sequence = Sequence::new(&loaded.model);
+            let mut logits = sequence.feed(&mut loaded.model, &prompt(40));
+            for token in [3, 99] {
+                logits.extend(sequence.feed(&mut loaded.model, &[token]));
+            }
+            let expected = expected.get_or_insert_with(|| logits.clone());
+            assert!(logits == *expected, "{name} on {devices} devices");
+        }
+    }
+}
+
+#[test]
+fn prompts_cut_anywhere_give_the_same_bits() {
+    let tokens = prompt(300);
+    for name in ["llama3", "gemma2"] {
+        let mut model = load_stretched(name, 1).model;
+        let expected = Sequence::new(&model).feed(&mut model, &tokens);
+        for chunk in [1, 2, 7, 32, 100, 255, 256, 257] {
+            let mut sequence = Sequence::new(&model);
+            let mut logits = Vec::new();
+            for part in tokens.chunks(chunk) {
+                logits.extend(sequence.feed(&mut model, part));
+            }
+            assert!(logits == expected, "{name} in chunks of {chunk}");
+        }
+    }
+}
+
+#[test]
+fn a_sequence_does_not_depend_on_its_neighbours() {
+    let request = ModelRequest {
+        batch: 3,
+        ..exact_request(64)
+    };
+    let mut model = load(&fixture("qwen3"), &request).model;
+    let vocab_size = model.spec().vocab_size;
+    let tokens = [prompt(5), prompt(9), prompt(3)];
+    let alone: Vec<Vec<f32>> = tokens
+        .iter()
+        .map(|tokens| Sequence::new(&model).feed(&mut model, tokens))
+        .collect();
+    let mut step = StepPlan {
+        page_tables: vec![2, 0, 1],
+        pages_per_sequence: 1,
+        ..StepPlan::default()
+    };
+    for (sequence, tokens) in tokens.iter().enumerate() {
+        for (position, &token) in tokens.iter().enumerate() {
+            step.token_ids.push(token);
+            step.positions.push(position as u32);
+            step.row_sequences.push(sequence as u32);
+        }
+    }
+    step.logit_rows = (0..step.token_ids.len() as u32).rev().collect();
+    let together = model.run(&step).expect("a valid step");
+    let mut rows = together.chunks_exact(vocab_size).rev();
+    for (sequence, alone) in alone.iter().enumerate() {
+        for (position, alone) in alone.chunks_exact(vocab_size).enumerate() {
+            let together = rows.next().expect("a row of logits");
+            assert!(alone == together, "sequence {sequence} position {position}");
+        }
+    }
+}
