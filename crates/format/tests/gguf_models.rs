@@ -152,10 +152,8 @@ fn an_import_holds_the_model() {
         let target = work.path().join(name);
         let mut calls = Vec::new();
         let source = fixture(&format!("{name}.gguf"));
-        let summary = import_gguf(&source, &target, &mut |done, total| {
-            calls.push((done, total))
-        })
-        .unwrap();
+        let mut progress = |done, total| calls.push((done, total));
+        let summary = import_gguf(&source, &target, &mut progress).unwrap();
         let expected = fixture_json(&format!("{name}.expected.json"));
         let imported = SafetensorsDir::open(&target).unwrap();
         check_tensors(&imported, &expected);

@@ -131,7 +131,7 @@ impl<'a> ConfigBuilder<'a> {
         let heads = dimensions.heads as u64;
         if let Some(length) = self.integer("attention.key_length")? {
             let value_length = self.integer("attention.value_length")?.unwrap_or(length);
-            if length == 0 || length % 2 != 0 || length != value_length {
+            if length == 0 || !length.is_multiple_of(2) || length != value_length {
                 return Err(GgufError::malformed(
                     format!("metadata key `{}`", self.key("attention.key_length")),
                     length,
@@ -140,7 +140,7 @@ impl<'a> ConfigBuilder<'a> {
             }
             return Ok(length);
         }
-        if hidden % (2 * heads) != 0 {
+        if !hidden.is_multiple_of(2 * heads) {
             return Err(GgufError::malformed(
                 format!("metadata key `{}`", self.key("embedding_length")),
                 hidden,

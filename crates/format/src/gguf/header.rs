@@ -171,7 +171,7 @@ fn parse_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<GgufTensor, G
             supported: GgmlType::supported_names(),
         })?;
     let block = ggml_type.block_elements() as u64;
-    if shape[0] % block != 0 {
+    if !shape[0].is_multiple_of(block) {
         return Err(GgufError::malformed(
             format!("tensor `{name}`: innermost dimension"),
             shape[0],
@@ -194,7 +194,7 @@ fn parse_tensor(cursor: &mut Cursor<'_>, alignment: u64) -> Result<GgufTensor, G
         .checked_mul(ggml_type.block_bytes() as u64)
         .and_then(|size| usize::try_from(size).ok())
         .ok_or_else(too_large)?;
-    if offset % alignment != 0 {
+    if !offset.is_multiple_of(alignment) {
         return Err(GgufError::malformed(
             format!("tensor `{name}`: offset"),
             offset,
