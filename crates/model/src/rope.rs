@@ -260,3 +260,143 @@ fn yarn_frequencies(
     }
     frequencies
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(theta: f64, rotary_dim: usize, scaling: RopeScaling) -> RopeSpec {
+        RopeSpec {
+            theta,
+            rotary_dim,
+            style: RopeStyle::Halves,
+            scaling,
+        }
+    }
+
+    /// The rope for a planned context of 4096 tokens of a model trained for 2048.
+    fn rope_of(spec: &RopeSpec, overrides: RopeOverrides) -> Rope {
+        rope(spec, &overrides, 4096, 2048)
+    }
+
+    /// Frequencies within f32 rounding of `expected`, which were computed in f64.
+    fn assert_frequencies(rope: &Rope, expected: &[f64]) {
+        assert_eq!(rope.inverse_frequencies.len(), expected.len());
+        for (found, expected) in rope.inverse_frequencies.iter().zip(expected) {
+            let error = (f64::from(*found) / expected - 1.0).abs();
+            assert!(error < 1e-6, "{found} instead of {expected}");
+        }
+    }
+
+    const PLAIN_8: [f64; 4] = [1.0, 0.1, 0.01, 0.001];
+
+    #[test]
+    fn plain_and_linear() {
+        let plain = spec(10_000.0, 8, RopeScaling::Plain);
+        let rope = rope_of(&plain, RopeOverrides::default());
+        assert_frequencies(&rope, &PLAIN_8);
+        assert_eq!(rope.attention_factor, 1.0);
+        assert_eq!(rope.rotary_dim(), 8);
+
+        let linear = spec(10_000.0, 8, RopeScaling::Linear { factor: 4.0 });
+        let rope = rope_of(&linear, RopeOverrides::default());
+        assert_frequencies(&rope, &PLAIN_8.map(|frequency| frequency / 4.0));
+        // A user's factor replaces the configuration's.
+        let overrides = RopeOverrides {
+            scale: Some(2.0),
+            ..RopeOverrides::default()
+        };
+        let rope = rope_of(&linear, overrides);
+        assert_frequencies(&rope, &PLAIN_8.map(|frequency| frequency / 2.0));
+    }
+
+    #[test]
+    fn ntk_alpha_raises_the_base() {
+        let overrides = RopeOverrides {
+            alpha: Some(2.0),
+            ..RopeOverrides::default()
+        };
+        let rope = rope_of(&spec(10_000.0, 8, RopeScaling::Plain), overrides);
+        let expected = [1.0, 0.079_370_052_6, 0.006_299_605_25, 0.0005];
+        assert_frequencies(&rope, &expected);
+        // A single pair always turns at frequency 1, and has no exponent.
+        let rope = rope_of(&spec(10_000.0, 2, RopeScaling::Plain), overrides);
+        assert_frequencies(&rope, &[1.0]);
+    }
+
+    #[test]
+    fn dynamic_follows_the_planned_context() {
+        let dynamic = RopeScaling::Dynamic {
+            factor: 2.0,
+            original_tokens: 2048,
+        };
+        let dynamic = spec(10_000.0, 8, dynamic);
+        let none = RopeOverrides::default();
+        let expected = [1.0, 0.069_336_127_4, 0.004_807_498_57, 0.000_333_333_333];
+        assert_frequencies(&rope(&dynamic, &none, 4096, 2048), &expected);
+        assert_frequencies(&rope(&dynamic, &none, 2048, 2048), &PLAIN_8);
+    }
+
+    #[test]
+    fn llama3_divides_low_frequencies() {
+        let llama3 = RopeScaling::Llama3 {
+            factor: 8.0,
+            low_frequency_factor: 1.0,
+            high_frequency_factor: 4.0,
+            original_tokens: 8192,
+        };
+        let rope = rope_of(&spec(500_000.0, 16, llama3), RopeOverrides::default());
+        let expected = [
+            1.0,
+            0.193_922_744_7,
+            0.037_606_030_9,
+            0.007_292_664_737,
+            0.000_524_846_161,
+            3.428_102_195_95e-5,
+            6.647_869_871_18e-6,
+            1.289_173_172_15e-6,
+        ];
+        assert_frequencies(&rope, &expected);
+    }
+
+    #[test]
+    fn yarn_from_an_override() {
+        let overrides = RopeOverrides {
+            yarn: Some(4.0),
+            ..RopeOverrides::default()
+        };
+        let rope = rope_of(&spec(10_000.0, 16, RopeScaling::Plain), overrides);
+        let expected = [
+            1.0,
+            0.316_227_766,
+            0.1,
+            0.025_693_505_99,
+            0.00625,
+            0.001_383_496_476,
+            0.00025,
+            7.905_694_150_4e-5,
+        ];
+        assert_frequencies(&rope, &expected);
+        assert!((rope.attention_factor - 1.138_629_4).abs() < 1e-6);
+    }
+
+    #[test]
+    fn longrope_is_chosen_once_from_the_planned_context() {
+        let longrope = RopeScaling::LongRope {
+            short_factors: vec![1.0, 2.0],
+            long_factors: vec![4.0, 5.0],
+            original_tokens: 2048,
+            attention_factor: 1.25,
+        };
+        let longrope = spec(10_000.0, 4, longrope);
+        let none = RopeOverrides::default();
+        let short = rope(&longrope, &none, 2048, 8192);
+        assert_frequencies(&short, &[1.0, 0.005]);
+        let long = rope(&longrope, &none, 2049, 8192);
+        assert_frequencies(&long, &[0.25, 0.002]);
+        assert_eq!(
+            (short.attention_factor, long.attention_factor),
+            (1.25, 1.25)
+        );
+    }
+}

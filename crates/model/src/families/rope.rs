@@ -61,8 +61,9 @@ pub(super) fn read_rope_from(
         None => RopeScaling::Plain,
     };
     let theta = either("rope_theta")?.unwrap_or(defaults.theta);
-    if theta <= 1.0 {
-        return Err(config.error("rope_theta", "a number above 1"));
+    // YaRN divides by its logarithm.
+    if theta < 2.0 {
+        return Err(config.error("rope_theta", "a number of at least 2"));
     }
     Ok(RopeSpec {
         theta,

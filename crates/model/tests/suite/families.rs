@@ -3,13 +3,18 @@
 
 use std::path::{Path, PathBuf};
 
+use oxllama_backend::Device;
+use oxllama_backend::reference::ReferenceDevice;
 use oxllama_format::{SafetensorsDir, TensorSource};
+use oxllama_memory::DeviceId;
 use oxllama_model::Runner;
 use serde_json::Value;
 
-use crate::harness::{Sequence, exact_request, load, workspace_root};
+use crate::harness::{Sequence, cpu_device, exact_request, load, workspace_root};
 
-const TOLERANCE: f32 = 1e-4;
+/// Largest difference of a logit; they spread over about 2.
+const REFERENCE_TOLERANCE: f32 = 1e-4;
+const CPU_TOLERANCE: f32 = 1e-3;
 
 /// The fixture of this name.
 pub(crate) fn fixture(name: &str) -> PathBuf {
@@ -53,7 +58,7 @@ fn worst(found: &[f32], expected: &[f32]) -> f32 {
 }
 
 /// The largest error of any case, prompt at once and step by step.
-fn largest_error(path: &Path) -> f32 {
+fn largest_error<D: Device>(path: &Path, device: fn(DeviceId) -> D) -> f32 {
     let cases = std::fs::read_to_string(path.join("cases.json")).expect("cases.json");
     let cases: Value = serde_json::from_str(&cases).expect("JSON");
     let mut largest = 0.0f32;
@@ -63,7 +68,7 @@ fn largest_error(path: &Path) -> f32 {
         let (prompt, steps) = (ids(&case["prompt_ids"]), ids(&case["step_ids"]));
         let prompt_logits = expected(path, &format!("{name}.prompt_logits"));
         let step_logits = expected(path, &format!("{name}.step_logits"));
-        let mut model = load(path, &exact_request(context)).model;
+        let mut model = load(path, &exact_request(context), device).model;
 
         let mut sequence = Sequence::new(&model);
         let mut found = sequence.feed(&mut model, &prompt);
@@ -87,23 +92,33 @@ fn largest_error(path: &Path) -> f32 {
     largest
 }
 
-#[test]
-fn every_family_agrees_with_transformers() {
+/// Every fixture on one backend.
+fn check_all<D: Device>(device: fn(DeviceId) -> D, tolerance: f32) {
     let fixtures = fixtures();
     assert!(fixtures.len() >= 12, "{} fixtures", fixtures.len());
     let errors: Vec<(String, f32)> = fixtures
         .iter()
         .map(|path| {
             let name = path.file_name().expect("a name").to_string_lossy();
-            (name.into_owned(), largest_error(path))
+            (name.into_owned(), largest_error(path, device))
         })
         .collect();
     let failed: Vec<_> = errors
         .iter()
-        .filter(|(_, error)| error.is_nan() || *error > TOLERANCE)
+        .filter(|(_, error)| error.is_nan() || *error > tolerance)
         .collect();
     assert!(
         failed.is_empty(),
-        "above {TOLERANCE}: {failed:?}; all: {errors:?}"
+        "above {tolerance}: {failed:?}; all: {errors:?}"
     );
+}
+
+#[test]
+fn every_family_agrees_with_transformers() {
+    check_all(ReferenceDevice::new, REFERENCE_TOLERANCE);
+}
+
+#[test]
+fn every_family_agrees_with_transformers_on_the_fast_backend() {
+    check_all(cpu_device, CPU_TOLERANCE);
 }

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use oxllama_backend::PAGE_TOKENS;
 use oxllama_backend::reference::ReferenceDevice;
+use oxllama_backend::{Device, PAGE_TOKENS};
+use oxllama_cpu::{CpuDevice, CpuOptions};
 use oxllama_format::ModelSource;
 use oxllama_memory::{Bytes, CacheFormat, DeviceId, DeviceInfo, Inventory, Ledger};
 use oxllama_model::{
@@ -50,26 +51,39 @@ pub(crate) fn exact_request(context_tokens: u64) -> ModelRequest {
 }
 
 /// A loaded model with its plan and its books.
-pub(crate) struct Loaded {
-    pub(crate) model: Decoder<ReferenceDevice>,
+pub(crate) struct Loaded<D: Device = ReferenceDevice> {
+    pub(crate) model: Decoder<D>,
     pub(crate) plan: ModelPlan,
     pub(crate) ledger: Ledger,
 }
 
-/// Plans and loads on the devices of `inventory`.
+/// The fast backend's device of this name.
+pub(crate) fn cpu_device(id: DeviceId) -> CpuDevice {
+    CpuDevice::new(id, CpuOptions::default()).expect("threads")
+}
+
+/// Plans and loads on the scalar backend's devices of `inventory`.
 pub(crate) fn load_on(
     path: &Path,
     request: &ModelRequest,
     inventory: &Inventory,
     ledger: Ledger,
 ) -> Result<Loaded, ModelError> {
+    load_with(path, request, inventory, ledger, ReferenceDevice::new)
+}
+
+/// Plans and loads on devices of any backend, one for each of `inventory`.
+pub(crate) fn load_with<D: Device>(
+    path: &Path,
+    request: &ModelRequest,
+    inventory: &Inventory,
+    ledger: Ledger,
+    device: impl Fn(DeviceId) -> D,
+) -> Result<Loaded<D>, ModelError> {
     let source = ModelSource::open(path)?;
     let spec = ModelSpec::from_config(source.config())?;
-    let devices: Vec<ReferenceDevice> = inventory
-        .devices()
-        .iter()
-        .map(|info| ReferenceDevice::new(info.id.clone()))
-        .collect();
+    let infos = inventory.devices().iter();
+    let devices: Vec<D> = infos.map(|info| device(info.id.clone())).collect();
     let plan = plan_model(&source, &spec, &devices[0], inventory, request)?;
     let options = LoadOptions::new(&ledger);
     let model = Decoder::load(&source, spec, devices, &plan, &options)?;
@@ -81,9 +95,13 @@ pub(crate) fn load_on(
 }
 
 /// Plans and loads on a single device with room to spare.
-pub(crate) fn load(path: &Path, request: &ModelRequest) -> Loaded {
-    let (inventory, ledger) = virtual_devices(1, Bytes::from_gib(64));
-    load_on(path, request, &inventory, ledger)
+pub(crate) fn load<D: Device>(
+    path: &Path,
+    request: &ModelRequest,
+    device: impl Fn(DeviceId) -> D,
+) -> Loaded<D> {
+    let (inventory, ledger) = virtual_devices(1, Bytes::from_gib(16));
+    load_with(path, request, &inventory, ledger, device)
         .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 

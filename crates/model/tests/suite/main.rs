@@ -3,6 +3,7 @@
 mod families;
 mod files;
 mod harness;
+mod hostile;
 mod ledger;
 mod planning;
 mod smollm2;

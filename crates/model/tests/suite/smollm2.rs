@@ -1,15 +1,15 @@
-//! SmolLM2-135M against the float32 outputs of the shared data: the EXL2 file, and the
-//! original where a converted copy of it is at hand.
+//! SmolLM2-135M's EXL2 file against the float32 outputs of the shared data.
 
-use std::path::Path;
-
-use oxllama_model::Runner;
+use oxllama_backend::reference::ReferenceDevice;
+use oxllama_format::ModelSource;
+use oxllama_model::{ModelSpec, Runner, inspect};
 use serde_json::Value;
 
-use crate::harness::{Sequence, exact_request, load, shared};
+use crate::harness::{Sequence, cpu_device, exact_request, load, shared};
 
-/// How far the reference backend's logits may be from the golden ones.
-const TOLERANCE: f64 = 0.002;
+/// How far the logits of the scalar and of the fast backend may be from the golden ones.
+const REFERENCE_TOLERANCE: f64 = 0.002;
+const CPU_TOLERANCE: f64 = 0.02;
 
 fn numbers(value: &Value) -> Vec<f64> {
     let items = value.as_array().expect("a list");
@@ -28,9 +28,9 @@ fn argmax(logits: &[f32]) -> u32 {
     best.expect("a vocabulary").0 as u32
 }
 
-/// Holds the model at `path` to one set of golden outputs.
-fn check_against_golden(path: &Path, cases: &Value, steps: usize) {
-    let mut model = load(path, &exact_request(512)).model;
+/// Holds a model to one set of golden outputs: the prompt's logits within `tolerance`, and
+/// the first `steps` greedy tokens up to the first that is decided by less than twice that.
+fn check_against_golden(mut model: impl Runner, cases: &Value, tolerance: f64, steps: usize) {
     for case in cases.as_array().expect("a list of cases") {
         let prompt = ids(&case["prompt_ids"]);
         let mut sequence = Sequence::new(&model);
@@ -41,7 +41,7 @@ fn check_against_golden(path: &Path, cases: &Value, steps: usize) {
         for (&id, expected) in ids(&case["next_top10_ids"]).iter().zip(expected) {
             let found = f64::from(last[id as usize]);
             assert!(
-                (found - expected).abs() <= TOLERANCE,
+                (found - expected).abs() <= tolerance,
                 "{}: token {id}: {found}, golden {expected}",
                 case["prompt"]
             );
@@ -52,7 +52,7 @@ fn check_against_golden(path: &Path, cases: &Value, steps: usize) {
             .enumerate()
             .take(steps)
         {
-            if margin < 2.0 * TOLERANCE {
+            if margin < 2.0 * tolerance {
                 break;
             }
             assert_eq!(
@@ -72,10 +72,46 @@ fn golden() -> Option<Value> {
     Some(serde_json::from_str(&text).expect("JSON"))
 }
 
+const EXL2: &str = "models/smollm2-135m-exl2-4.0bpw";
+
 #[test]
 fn exl2_file_matches_golden() {
-    let (Some(golden), Some(model)) = (golden(), shared("models/smollm2-135m-exl2-4.0bpw")) else {
+    let (Some(golden), Some(path)) = (golden(), shared(EXL2)) else {
         return;
     };
-    check_against_golden(&model, &golden["exl2_4.0bpw"], 8);
+    let model = load(&path, &exact_request(512), ReferenceDevice::new).model;
+    check_against_golden(model, &golden["exl2_4.0bpw"], REFERENCE_TOLERANCE, 8);
+}
+
+#[test]
+fn exl2_file_matches_golden_on_the_fast_backend() {
+    let (Some(golden), Some(path)) = (golden(), shared(EXL2)) else {
+        return;
+    };
+    let model = load(&path, &exact_request(512), cpu_device).model;
+    check_against_golden(model, &golden["exl2_4.0bpw"], CPU_TOLERANCE, 64);
+}
+
+#[test]
+fn inspection_finds_the_bits_of_the_exl2_file() {
+    let Some(path) = shared(EXL2) else {
+        return;
+    };
+    let source = ModelSource::open(&path).expect("a model");
+    let spec = ModelSpec::from_config(source.config()).expect("a configuration");
+    let inspection = inspect(&source, &spec).expect("headers");
+    // The embedding, seven linears in each of 30 layers, the quantised head.
+    assert_eq!(inspection.linears.len(), 1 + 7 * 30 + 1);
+    assert!((inspection.layer_bits_per_weight - 4.0).abs() < 0.1);
+    let head = inspection.linears.last().expect("the head");
+    assert_eq!((head.name.as_str(), head.out_features), ("lm_head", 49152));
+    assert!((6.0..6.5).contains(&head.bits_per_weight));
+    let stored: u64 = inspection
+        .linears
+        .iter()
+        .map(|linear| linear.stored_bytes)
+        .sum();
+    let norms = 61 * 576 * 2;
+    // What is left of the file is its header.
+    assert!((stored + norms..stored + norms + (1 << 20)).contains(&inspection.stored_bytes));
 }

@@ -1,10 +1,15 @@
 //! What must not change a model's bits: on how many devices it lies, and how a prompt is cut.
 
-use oxllama_memory::{Bytes, Policy};
+use oxllama_backend::Device;
+use oxllama_backend::reference::ReferenceDevice;
+use oxllama_memory::{Bytes, DeviceId, Policy};
 use oxllama_model::{ModelRequest, Runner, StepPlan};
 
 use crate::families::fixture;
-use crate::harness::{Loaded, Sequence, exact_request, load, load_on, virtual_devices};
+use crate::files::{Tensor, altered_copy};
+use crate::harness::{
+    Loaded, Sequence, cpu_device, exact_request, load, load_with, virtual_devices,
+};
 
 fn prompt(length: usize) -> Vec<u32> {
     (0..length as u32)
@@ -20,25 +25,44 @@ fn request() -> ModelRequest {
     }
 }
 
-/// Loads a fixture whose configuration allows 512 positions.
-fn load_stretched(name: &str, devices: u32) -> Loaded {
-    let path = crate::files::altered_copy(
+/// Loads a fixture made longer: 1024 positions, and its first two layers repeated to eight.
+fn load_stretched<D: Device>(name: &str, devices: u32, device: fn(DeviceId) -> D) -> Loaded<D> {
+    const LAYERS: usize = 8;
+    let path = altered_copy(
         &fixture(name),
         |config| {
             config.insert("max_position_embeddings".to_owned(), 1024.into());
+            config.insert("num_hidden_layers".to_owned(), LAYERS.into());
         },
-        |_| {},
+        |tensors| {
+            tensors.retain(|tensor| {
+                !tensor.name.contains("layers.2.") && !tensor.name.contains("layers.3.")
+            });
+            for layer in 2..LAYERS {
+                let source = format!("layers.{}.", layer % 2);
+                let copies: Vec<Tensor> = tensors
+                    .iter()
+                    .filter(|tensor| tensor.name.contains(&source))
+                    .map(|tensor| Tensor {
+                        name: tensor.name.replace(&source, &format!("layers.{layer}.")),
+                        shape: tensor.shape.clone(),
+                        bytes: tensor.bytes.clone(),
+                        dtype: tensor.dtype,
+                    })
+                    .collect();
+                tensors.extend(copies);
+            }
+        },
     );
     let (inventory, ledger) = virtual_devices(devices, Bytes::from_mib(64));
-    load_on(path.path(), &request(), &inventory, ledger).expect("a model")
+    load_with(path.path(), &request(), &inventory, ledger, device).expect("a model")
 }
 
-#[test]
-fn layers_on_several_devices_give_the_same_bits() {
+fn check_splits<D: Device>(device: fn(DeviceId) -> D) {
     for name in ["llama3", "gemma3", "cohere"] {
         let mut expected = None;
         for devices in 1..=4 {
-            let mut loaded = load_stretched(name, devices);
+            let mut loaded = load_stretched(name, devices, device);
             assert_eq!(loaded.plan.memory.devices.len(), devices as usize, "{name}");
             let mut sequence = Sequence::new(&loaded.model);
             let mut logits = sequence.feed(&mut loaded.model, &prompt(40));
@@ -52,10 +76,15 @@ fn layers_on_several_devices_give_the_same_bits() {
 }
 
 #[test]
-fn prompts_cut_anywhere_give_the_same_bits() {
+fn layers_on_several_devices_give_the_same_bits() {
+    check_splits(ReferenceDevice::new);
+    check_splits(cpu_device);
+}
+
+fn check_chunks<D: Device>(device: fn(DeviceId) -> D) {
     let tokens = prompt(300);
     for name in ["llama3", "gemma2"] {
-        let mut model = load_stretched(name, 1).model;
+        let mut model = load_stretched(name, 1, device).model;
         let expected = Sequence::new(&model).feed(&mut model, &tokens);
         for chunk in [1, 2, 7, 32, 100, 255, 256, 257] {
             let mut sequence = Sequence::new(&model);
@@ -69,12 +98,18 @@ fn prompts_cut_anywhere_give_the_same_bits() {
 }
 
 #[test]
+fn prompts_cut_anywhere_give_the_same_bits() {
+    check_chunks(ReferenceDevice::new);
+    check_chunks(cpu_device);
+}
+
+#[test]
 fn a_sequence_does_not_depend_on_its_neighbours() {
     let request = ModelRequest {
         batch: 3,
         ..exact_request(64)
     };
-    let mut model = load(&fixture("qwen3"), &request).model;
+    let mut model = load(&fixture("qwen3"), &request, ReferenceDevice::new).model;
     let vocab_size = model.spec().vocab_size;
     let tokens = [prompt(5), prompt(9), prompt(3)];
     let alone: Vec<Vec<f32>> = tokens

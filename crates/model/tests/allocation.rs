@@ -1,0 +1,99 @@
+//! A step allocates nothing. Alone in its binary: it counts every allocation of the process.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use oxllama_backend::Device;
+use oxllama_backend::reference::ReferenceDevice;
+use oxllama_cpu::{CpuDevice, CpuOptions};
+use oxllama_format::ModelSource;
+use oxllama_memory::{Bytes, DeviceId, DeviceInfo, Inventory, Ledger};
+use oxllama_model::{Decoder, LoadOptions, ModelRequest, ModelSpec, Runner, StepPlan, plan_model};
+
+/// The system's allocator with a counter.
+struct Counting;
+
+static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call is passed on to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps `alloc`'s contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller keeps `dealloc`'s contract.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps `realloc`'s contract.
+        unsafe { System.realloc(pointer, layout, new_size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// A prompt of 20 tokens for each of two sequences, or one more token for each.
+fn step(is_prompt: bool) -> StepPlan {
+    let mut step = StepPlan {
+        page_tables: vec![1, 0],
+        pages_per_sequence: 1,
+        ..StepPlan::default()
+    };
+    let positions = if is_prompt { 0..20 } else { 20..21 };
+    for sequence in 0..2 {
+        for position in positions.clone() {
+            step.token_ids.push((position * 5 + sequence) % 100);
+            step.positions.push(position);
+            step.row_sequences.push(sequence);
+        }
+        step.logit_rows.push(step.token_ids.len() as u32 - 1);
+    }
+    step
+}
+
+/// Allocations of the second prompt and the second decode step of a fixture.
+fn allocations<D: Device>(name: &str, device: impl Fn(DeviceId) -> D) -> usize {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models");
+    let source = ModelSource::open(&root.join(name)).expect("a model");
+    let spec = ModelSpec::from_config(source.config()).expect("a configuration");
+    let of_index = |index| DeviceInfo::new(DeviceId::cpu(index), "virtual", Bytes::from_mib(256));
+    let inventory = Inventory::new((0..2).map(of_index).collect()).expect("two devices");
+    let ledger = Ledger::new(&inventory);
+    let devices = vec![device(DeviceId::cpu(0)), device(DeviceId::cpu(1))];
+    let request = ModelRequest {
+        batch: 2,
+        context_tokens: Some(64),
+        policy: oxllama_memory::Policy::Balanced,
+        ..ModelRequest::default()
+    };
+    let plan = plan_model(&source, &spec, &devices[0], &inventory, &request).expect("a plan");
+    let options = LoadOptions::new(&ledger);
+    let mut model = Decoder::load(&source, spec, devices, &plan, &options).expect("a model");
+    let (prompt, decode) = (step(true), step(false));
+    // Threads and one-time tables start with the first steps.
+    for step in [&prompt, &decode] {
+        model.run(step).expect("a step");
+    }
+    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    for step in [&prompt, &decode] {
+        model.run(step).expect("a step");
+    }
+    ALLOCATIONS.load(Ordering::Relaxed) - before
+}
+
+#[test]
+fn steps_allocate_nothing() {
+    let cpu = |id| CpuDevice::new(id, CpuOptions::default()).expect("threads");
+    for name in ["llama3", "gemma3", "cohere_qk_norm"] {
+        let on_reference = allocations(name, ReferenceDevice::new);
+        assert_eq!(on_reference, 0, "{name} on the reference");
+        assert_eq!(allocations(name, cpu), 0, "{name} on the fast backend");
+    }
+}
