@@ -116,7 +116,7 @@ pub struct ConformanceError {
     /// The case's name.
     pub case: String,
     /// What stopped it.
-    pub source: CaseError,
+    pub source: Box<CaseError>,
 }
 
 /// What stops a case.
@@ -179,7 +179,12 @@ impl<D: Device> Suite<'_, D> {
     ) -> Result<(), ConformanceError> {
         let error = match measure(&self.bench) {
             Ok(error) => error,
-            Err(source) => return Err(ConformanceError { case: name, source }),
+            Err(source) => {
+                return Err(ConformanceError {
+                    case: name,
+                    source: Box::new(source),
+                });
+            }
         };
         let report = CaseReport {
             name,

@@ -205,10 +205,10 @@ impl RandomLinear {
             let mut words = vec![0_u32; rows * bits as usize / 32 * out_features];
             for row in 0..rows {
                 let input = permutation[first_row + row];
-                for output in 0..out_features {
+                for (output, scale_code) in codes.iter().enumerate() {
                     let code = random.below(1 << bits) as u32;
                     put_code(&mut words, row, output, out_features, bits, code);
-                    let square = (codes[output] + 1) * (codes[output] + 1);
+                    let square = (scale_code + 1) * (scale_code + 1);
                     let scale = multiply_f16(f16::from_f32(square as f32), step);
                     let level = f16::from_f32(code as f32 - zero as f32);
                     self.weights[input * out_features + output] =
@@ -258,11 +258,11 @@ impl RandomLinear {
             .map(|_| random.below(16) as u32)
             .collect();
         let mut qweight = vec![0_u32; in_features / 8 * out_features];
-        for input in 0..in_features {
+        for (input, &group) in group_of.iter().enumerate() {
             for output in 0..out_features {
                 let code = random.below(16) as u32;
                 put_code(&mut qweight, input, output, out_features, 4, code);
-                let entry = group_of[input] as usize * out_features + output;
+                let entry = group as usize * out_features + output;
                 let level = code as f32 - (stored_zeros[entry] + 1) as f32;
                 self.weights[input * out_features + output] =
                     multiply_f16(f16::from_f32(level), scales[entry]).to_f32();
