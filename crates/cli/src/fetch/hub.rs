@@ -1,24 +1,21 @@
-//! A Hugging Face hub's files, in its own cache layout, so that models which Python tools
-//! downloaded are found, and the other way round.
-//!
-//! `{cache}/models--{org}--{name}/` holds `blobs/{etag}`, `refs/{revision}` (a file with the
-//! commit) and `snapshots/{commit}/{file}`, links into `blobs`.
+//! Models from a Hugging Face hub, kept in its own cache layout, so that models which Python
+//! tools downloaded are found, and the other way round.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
+mod client;
+mod layout;
+
 use std::path::{Component, Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
-use serde_json::Value;
-use sha2::{Digest, Sha256};
-use ureq::http::{Response, StatusCode};
-use ureq::{Agent, Body};
 
-use crate::output;
+use client::{Client, RemoteFile};
+use layout::{Blob, Layout};
 
-/// Renames that are followed before giving up.
-const MAX_RELATIVE_REDIRECTS: usize = 5;
+pub(crate) use layout::{cache_directory, cached_snapshot};
+
+/// The file that makes a directory a model; fetched last, so that it marks a whole snapshot.
+const CONFIG: &str = "config.json";
 
 /// `org/name`, perhaps `@revision` (a branch, tag or commit).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,329 +30,120 @@ impl FromStr for Repository {
     fn from_str(text: &str) -> Result<Self> {
         let (id, revision) = text.split_once('@').unwrap_or((text, "main"));
         let plain = |part: &str| {
-            !part.is_empty()
-                && part != "."
-                && part != ".."
-                && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+            is_plain(part)
+                && part
+                    .chars()
+                    .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
         };
         let is_id = id.split('/').count() == 2 && id.split('/').all(plain);
-        if !is_id || !revision.split('/').all(plain) {
+        if !is_id || !is_revision(revision) {
             bail!("{text:?} is not org/name or org/name@revision");
         }
-        Ok(Self { id: id.to_owned(), revision: revision.to_owned() })
+        Ok(Self {
+            id: id.to_owned(),
+            revision: revision.to_owned(),
+        })
     }
 }
 
-fn variable(name: &str) -> Option<String> {
-    std::env::var(name).ok().filter(|value| !value.is_empty())
+/// Whether `part` is safe as one component of a path.
+fn is_plain(part: &str) -> bool {
+    let mut components = Path::new(part).components();
+    matches!((components.next(), components.next()), (Some(Component::Normal(name)), None)
+        if name == part)
+        && !part.chars().any(|c| c.is_control() || "/\\:".contains(c))
 }
 
-/// `HF_HUB_CACHE`, else `HF_HOME/hub`, else the user's cache, as Hugging Face's tools do.
-pub(crate) fn cache_directory() -> Result<PathBuf> {
-    if let Some(cache) = variable("HF_HUB_CACHE") {
-        return Ok(cache.into());
-    }
-    match variable("HF_HOME") {
-        Some(home) => Ok(Path::new(&home).join("hub")),
-        None => Ok(super::user_cache("huggingface")?.join("hub")),
-    }
+/// Names of branches become paths, parts of addresses and messages.
+fn is_revision(text: &str) -> bool {
+    text.split('/').all(is_plain)
+        && text
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "-_.+=,/".contains(c))
 }
 
-fn repository_directory(repository: &Repository) -> Result<PathBuf> {
-    Ok(cache_directory()?.join(format!("models--{}", repository.id.replace('/', "--"))))
+/// Weights as safetensors and the small text files beside them, in the root alone: sub-folders
+/// hold other formats' copies of the same weights.
+fn is_wanted(file: &str) -> bool {
+    let extension = Path::new(file)
+        .extension()
+        .and_then(|extension| extension.to_str());
+    is_plain(file) && matches!(extension, Some("safetensors" | "json" | "jinja" | "txt"))
 }
 
-/// The snapshot's directory, if the cache holds one with a config.json.
-pub(crate) fn cached_snapshot(repository: &Repository) -> Result<Option<PathBuf>> {
-    let directory = repository_directory(repository)?;
-    let reference = directory.join("refs").join(&repository.revision);
-    let commit = match fs::read_to_string(&reference) {
-        Ok(commit) => commit.trim().to_owned(),
-        Err(_) => repository.revision.clone(),
-    };
-    let snapshot = directory.join("snapshots").join(commit);
-    Ok(snapshot.join("config.json").exists().then_some(snapshot))
+fn is_weights(file: &str) -> bool {
+    Path::new(file)
+        .extension()
+        .is_some_and(|extension| extension == "safetensors")
 }
 
 /// Downloads what is missing of a model and returns its snapshot directory.
 pub(crate) fn pull(repository: &Repository, offline: bool) -> Result<PathBuf> {
+    let Repository { id, revision } = repository;
     if offline {
+        let cache = cache_directory()?;
         return cached_snapshot(repository)?.with_context(|| {
             format!(
-                "{} at {} is not in {} and offline mode is on: pull once without --offline \
-                 (or HF_HUB_OFFLINE)",
-                repository.id,
-                repository.revision,
-                cache_directory().map(|path| path.display().to_string()).unwrap_or_default()
+                "{id} at revision {revision} is not whole in the cache ({}) and offline mode is \
+                 on: pull it once without --offline (or HF_HUB_OFFLINE)",
+                cache.display()
             )
         });
     }
-    let client = Client::new();
-    let listing = client.listing(repository)?;
-    let directory = repository_directory(repository)?;
-    let snapshot = directory.join("snapshots").join(&listing.commit);
-    fs::create_dir_all(&snapshot)?;
-    fs::create_dir_all(directory.join("blobs"))?;
-    for file in listing.files.iter().filter(|file| is_wanted(file)) {
-        client
-            .fetch(repository, &listing.commit, file, &directory, &snapshot)
-            .with_context(|| format!("fetching {file} of {}", repository.id))?;
+    let client = Client::new(repository)?;
+    let listing = client.listing()?;
+    let mut files: Vec<&str> = listing
+        .files
+        .iter()
+        .map(String::as_str)
+        .filter(|file| is_wanted(file))
+        .collect();
+    if !files.iter().any(|file| is_weights(file)) {
+        bail!(
+            "{id} at revision {revision} has no .safetensors file{}: oxllama loads EXL2, GPTQ and \
+             FP16/BF16 safetensors (a GGUF file can be downloaded by hand and given as MODEL)",
+            client.other_revisions()
+        );
+    }
+    if !files.contains(&CONFIG) {
+        bail!(
+            "{id} at revision {revision} has no {CONFIG}{}: expected a model in the root of the \
+             repository",
+            client.other_revisions()
+        );
+    }
+    files.sort_by_key(|file| *file == CONFIG);
+
+    let layout = Layout::new(repository, &listing.commit)?;
+    layout.prepare()?;
+    for file in files {
+        if !layout.has(file) {
+            fetch(&client, &layout, &listing.commit, file)
+                .with_context(|| format!("cannot fetch {file} of {id}"))?;
+        }
     }
     // Last, so that an interrupted pull is not mistaken for a whole one.
-    let reference = directory.join("refs").join(&repository.revision);
-    if let Some(parent) = reference.parent() {
-        fs::create_dir_all(parent)?;
-    }
-    fs::write(reference, &listing.commit)?;
-    Ok(snapshot)
+    layout.write_reference(revision)?;
+    Ok(layout.snapshot().to_path_buf())
 }
 
-/// Weights as safetensors and the small text files beside them.
-fn is_wanted(file: &str) -> bool {
-    let is_plain = Path::new(file).components().all(|part| matches!(part, Component::Normal(_)));
-    let extension = Path::new(file).extension().and_then(|extension| extension.to_str());
-    // Only the root: sub-folders hold other formats' copies of the same weights.
-    is_plain
-        && !file.contains('/')
-        && matches!(extension, Some("safetensors" | "json" | "jinja" | "txt"))
-}
-
-struct Listing {
-    commit: String,
-    files: Vec<String>,
-}
-
-struct Client {
-    agent: Agent,
-    endpoint: String,
-    token: Option<String>,
-}
-
-impl Client {
-    fn new() -> Self {
-        // Statuses are looked at here, to say what each means to the user.
-        let config = Agent::config_builder().http_status_as_error(false).build();
-        let endpoint = variable("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
-        Self {
-            agent: config.into(),
-            endpoint: endpoint.trim_end_matches('/').to_owned(),
-            token: variable("HF_TOKEN"),
+/// Brings one file into `blobs`, unless another name for it did, and links it from the snapshot.
+fn fetch(client: &Client<'_>, layout: &Layout, commit: &str, file: &str) -> Result<()> {
+    let remote: RemoteFile = client.metadata(commit, file)?;
+    let Blob {
+        path,
+        incomplete,
+        lock,
+    } = layout.blob(&remote.etag);
+    if !path.exists() {
+        let _lock = super::lock(&lock, file)?;
+        // Whoever held the lock before may have brought it.
+        if !path.exists() {
+            client.download(&remote, file, &incomplete)?;
+            layout.accept(&incomplete, &path)?;
         }
     }
-
-    fn get(&self, url: &str, from_byte: u64) -> Result<Response<Body>> {
-        let mut request = self.agent.get(url);
-        if let Some(token) = &self.token {
-            request = request.header("Authorization", format!("Bearer {token}"));
-        }
-        if from_byte > 0 {
-            request = request.header("Range", format!("bytes={from_byte}-"));
-        }
-        request.call().with_context(|| {
-            format!(
-                "cannot reach {url}: check the network or HF_ENDPOINT; --offline uses what is \
-                 in the cache"
-            )
-        })
-    }
-
-    fn listing(&self, repository: &Repository) -> Result<Listing> {
-        let Repository { id, revision } = repository;
-        let revision = revision.replace('/', "%2F");
-        let url = format!("{}/api/models/{id}/revision/{revision}", self.endpoint);
-        let mut response = self.get(&url, 0)?;
-        check_status(response.status(), repository, &url, self.token.is_some())?;
-        let answer: Value = serde_json::from_reader(response.body_mut().as_reader())
-            .with_context(|| format!("{url} did not answer with JSON"))?;
-        let commit = answer["sha"].as_str().filter(|sha| {
-            !sha.is_empty() && sha.chars().all(|c| c.is_ascii_alphanumeric())
-        });
-        let files = answer["siblings"].as_array().map(|siblings| {
-            let names = siblings.iter().filter_map(|sibling| sibling["rfilename"].as_str());
-            names.map(str::to_owned).collect::<Vec<_>>()
-        });
-        let (Some(commit), Some(files)) = (commit, files) else {
-            bail!("{url} answered without a commit and a list of files: is it a hub?");
-        };
-        if !files.iter().any(|file| file.ends_with(".safetensors") && is_wanted(file)) {
-            bail!(
-                "{id} has no .safetensors file: oxllama loads EXL2, GPTQ and FP16/BF16 \
-                 safetensors (a GGUF file can be downloaded by hand and given as MODEL)"
-            );
-        }
-        Ok(Listing { commit: commit.to_owned(), files })
-    }
-
-    /// Brings one file into `blobs` and links it from the snapshot.
-    fn fetch(
-        &self,
-        repository: &Repository,
-        commit: &str,
-        file: &str,
-        directory: &Path,
-        snapshot: &Path,
-    ) -> Result<()> {
-        let link = snapshot.join(file);
-        if link.exists() {
-            return Ok(());
-        }
-        let url = format!("{}/{}/resolve/{commit}/{file}", self.endpoint, repository.id);
-        let remote = self.metadata(repository, url)?;
-        let blob = directory.join("blobs").join(&remote.etag);
-        if !blob.exists() {
-            let incomplete = blob.with_extension("incomplete");
-            self.download(repository, &remote, &incomplete, file)?;
-            verify(&incomplete, &remote)?;
-            fs::rename(&incomplete, &blob)?;
-        }
-        link_or_copy(&blob, &link)
-    }
-
-    /// Asks for a file's identity without its content. Large files are answered with a
-    /// redirect to storage, and only the hub's own answer carries the file's etag.
-    fn metadata(&self, repository: &Repository, mut url: String) -> Result<RemoteFile> {
-        for _ in 0..MAX_RELATIVE_REDIRECTS {
-            let mut request = self.agent.head(&url).config().max_redirects(0).build();
-            if let Some(token) = &self.token {
-                request = request.header("Authorization", format!("Bearer {token}"));
-            }
-            let response = request.call().with_context(|| format!("cannot reach {url}"))?;
-            let header = |name| response.headers().get(name)?.to_str().ok();
-            // A renamed repository redirects within the hub.
-            if let Some(path) = header("location").filter(|target| target.starts_with('/'))
-                && response.status().is_redirection()
-            {
-                url = format!("{}{path}", self.endpoint);
-                continue;
-            }
-            if !response.status().is_redirection() {
-                check_status(response.status(), repository, &url, self.token.is_some())?;
-            }
-            let etag = header("x-linked-etag").or_else(|| header("etag")).and_then(plain_tag);
-            let size = header("x-linked-size").or_else(|| header("content-length"));
-            let etag = etag.with_context(|| format!("{url} has no ETag: is it a hub?"))?;
-            return Ok(RemoteFile { etag, size: size.and_then(|size| size.parse().ok()), url });
-        }
-        bail!("{url} redirects in circles")
-    }
-
-    /// Appends to `incomplete` what is still missing.
-    fn download(
-        &self,
-        repository: &Repository,
-        remote: &RemoteFile,
-        incomplete: &Path,
-        file: &str,
-    ) -> Result<()> {
-        let url = &remote.url;
-        let mut have = fs::metadata(incomplete).map_or(0, |metadata| metadata.len());
-        if remote.size.is_some_and(|size| have >= size) {
-            // Whole already (then its checks follow), or longer than it should be.
-            if remote.size == Some(have) {
-                return Ok(());
-            }
-            fs::remove_file(incomplete)?;
-            have = 0;
-        }
-        let mut response = self.get(url, have)?;
-        check_status(response.status(), repository, url, self.token.is_some())?;
-        // A server that knows no ranges sends the whole file again.
-        let resumes = response.status() == StatusCode::PARTIAL_CONTENT;
-        let mut out = OpenOptions::new()
-            .create(true)
-            .write(true)
-            .append(resumes)
-            .truncate(!resumes)
-            .open(incomplete)?;
-        let bar = output::byte_bar(file, remote.size.unwrap_or(0));
-        bar.set_position(if resumes { have } else { 0 });
-        let copied = io::copy(&mut bar.wrap_read(response.body_mut().as_reader()), &mut out);
-        bar.finish_and_clear();
-        copied.with_context(|| {
-            format!("the download broke off; pull again to go on from where it stopped ({url})")
-        })?;
-        Ok(())
-    }
-}
-
-/// One file on the hub.
-struct RemoteFile {
-    /// Where it is, after renames.
-    url: String,
-    /// Names the content; for large files its SHA-256.
-    etag: String,
-    /// Bytes, if the hub says.
-    size: Option<u64>,
-}
-
-/// An etag without quotes and weakness mark, if it can be a file name.
-fn plain_tag(tag: &str) -> Option<String> {
-    let tag = tag.trim_start_matches("W/").trim_matches('"');
-    let is_plain = !tag.is_empty() && tag.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
-    is_plain.then(|| tag.to_owned())
-}
-
-fn check_status(
-    status: StatusCode,
-    repository: &Repository,
-    url: &str,
-    has_token: bool,
-) -> Result<()> {
-    let Repository { id, revision } = repository;
-    match status.as_u16() {
-        200..=299 => Ok(()),
-        401 | 403 if has_token => bail!(
-            "{id}: access refused ({status}): the token in HF_TOKEN may not read it (a gated \
-             model's terms are accepted on its page)"
-        ),
-        401 | 403 => bail!(
-            "{id}: access refused ({status}): the model does not exist, or is private or gated; \
-             set HF_TOKEN to a token that may read it"
-        ),
-        404 => bail!("{id} at revision {revision} was not found: check the spelling ({url})"),
-        _ => bail!("{url} answered {status}; try again later"),
-    }
-}
-
-/// A size that differs is a broken transfer; a 64-digit etag is the content's SHA-256.
-fn verify(path: &Path, remote: &RemoteFile) -> Result<()> {
-    let found = fs::metadata(path)?.len();
-    if let Some(expected) = remote.size
-        && found != expected
-    {
-        bail!("received {found} bytes of {expected}; pull again to go on from there");
-    }
-    if remote.etag.len() == 64 {
-        let mut hasher = Sha256::new();
-        let mut file = File::open(path)?;
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            let read = file.read(&mut buffer)?;
-            if read == 0 {
-                break;
-            }
-            hasher.update(&buffer[..read]);
-        }
-        let digest: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-        if digest != remote.etag {
-            fs::remove_file(path)?;
-            bail!("its SHA-256 is {digest}, expected {}: it was damaged; pull again", remote.etag);
-        }
-    }
-    Ok(())
-}
-
-fn link_or_copy(blob: &Path, link: &Path) -> Result<()> {
-    #[cfg(unix)]
-    {
-        let name = blob.file_name().context("a blob has a name")?;
-        let target = Path::new("../../blobs").join(name);
-        if std::os::unix::fs::symlink(target, link).is_ok() {
-            return Ok(());
-        }
-    }
-    fs::copy(blob, link)?;
-    Ok(())
+    layout.link(&path, file)
 }
 
 #[cfg(test)]
@@ -365,19 +153,60 @@ mod tests {
     #[test]
     fn repositories_are_parsed() {
         let repository: Repository = "org/some-model_v1.5@4.0bpw".parse().unwrap();
-        assert_eq!((&*repository.id, &*repository.revision), ("org/some-model_v1.5", "4.0bpw"));
+        assert_eq!(
+            (&*repository.id, &*repository.revision),
+            ("org/some-model_v1.5", "4.0bpw")
+        );
         assert_eq!("a/b".parse::<Repository>().unwrap().revision, "main");
-        for bad in ["", "a", "a/b/c", "../b", "a/..", "a/b@", "a/b@../x", "a b/c", "/a", "a/"] {
+        assert_eq!(
+            "a/b@refs/pr/1".parse::<Repository>().unwrap().revision,
+            "refs/pr/1"
+        );
+        for bad in [
+            "",
+            "a",
+            "a/b/c",
+            "../b",
+            "a/..",
+            "a/b@",
+            "a/b@../x",
+            "a b/c",
+            "/a",
+            "a/",
+            "a/b@/x",
+            "a/b@x//y",
+            "a/b@x/.",
+            "a/b@x?y",
+            "a/b@\u{1b}[2J",
+            "a/b@c@d",
+        ] {
             assert!(bad.parse::<Repository>().is_err(), "{bad}");
         }
     }
 
     #[test]
     fn only_files_that_are_loaded_are_wanted() {
-        for file in ["config.json", "output-00001-of-00002.safetensors", "chat_template.jinja"] {
+        for file in [
+            "config.json",
+            "output-00001-of-00002.safetensors",
+            "chat_template.jinja",
+        ] {
             assert!(is_wanted(file), "{file}");
         }
-        for file in ["pytorch_model.bin", "README.md", "../x.json", "onnx/a.json", "/etc/a.json"] {
+        for file in [
+            "pytorch_model.bin",
+            "README.md",
+            "../x.json",
+            "onnx/a.json",
+            "/etc/a.json",
+            "..",
+            "a\\b.json",
+            "c:x.json",
+            "a\u{1b}.json",
+            "./a.json",
+            "a.json/",
+            "",
+        ] {
             assert!(!is_wanted(file), "{file}");
         }
     }
