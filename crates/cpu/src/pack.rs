@@ -221,7 +221,7 @@ macro_rules! for_each_pair {
         $crate::pack::for_each_pair!(@ $j, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
     };
     (@ $j:ident, $body:block, $($n:literal)*) => {
-        $( { const $j: u32 = $n; $body } )*
+        { $( { const $j: u32 = $n; $body } )* }
     };
 }
 pub(crate) use for_each_pair;
