@@ -7,7 +7,7 @@
 
 use std::fmt::Display;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, BufReader, IsTerminal, Read, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -65,6 +65,13 @@ pub(super) struct RemoteFile {
     /// Names the content and is fit for a path; of 64 digits it is the SHA-256.
     pub(super) etag: String,
     size_bytes: Option<u64>,
+}
+
+impl RemoteFile {
+    /// Whether the etag is the content's SHA-256. What is not checked is not gone on from.
+    fn is_verified(&self) -> bool {
+        self.etag.len() == 64
+    }
 }
 
 /// The hub's answer to `api/models/{id}/revision/{revision}`.
@@ -246,14 +253,14 @@ impl<'a> Client<'a> {
     fn json<T: DeserializeOwned>(&self, url: &str) -> Result<T> {
         let (mut response, _) = self
             .send(Question::Json, url)
-            .map_err(|error| unreachable(error, url))?;
+            .map_err(|error| no_answer(error, url))?;
         self.check_status(&response, url)?;
         let body = response
             .body_mut()
             .with_config()
             .limit(MAX_JSON_BYTES)
             .reader();
-        serde_json::from_reader(body).with_context(|| {
+        serde_json::from_reader(BufReader::new(body)).with_context(|| {
             format!("{url} did not answer with the JSON of a hub: check HF_ENDPOINT")
         })
     }
@@ -264,7 +271,7 @@ impl<'a> Client<'a> {
         let url = format!("{}/{id}/resolve/{commit}/{}", self.endpoint, encode(file));
         let (response, url) = self
             .send(Question::Head, &url)
-            .map_err(|error| unreachable(error, &url))?;
+            .map_err(|error| no_answer(error, &url))?;
         let redirects = response.status().is_redirection();
         if !redirects {
             self.check_status(&response, &url)?;
@@ -315,20 +322,20 @@ impl<'a> Client<'a> {
     /// Appends to `incomplete` what is still missing, in one request.
     fn transfer(&self, remote: &RemoteFile, name: &str, incomplete: &Path) -> Result<(), Failure> {
         let restart =
-            |_| fs::remove_file(incomplete).map_err(|error| write_error(error, incomplete));
+            || fs::remove_file(incomplete).map_err(|error| write_error(error, incomplete));
         let mut have = length(incomplete);
-        if remote.size_bytes == Some(have) {
-            return Ok(());
-        }
-        // Longer than the file is, or of a file whose end could not be seen.
-        if have > 0 && remote.size_bytes.is_none_or(|size| have > size) {
-            restart(()).map_err(Failure::Final)?;
+        let is_start = remote.size_bytes.is_some_and(|size| have <= size);
+        if have > 0 && !(is_start && remote.is_verified()) {
+            restart().map_err(Failure::Final)?;
             have = 0;
+        }
+        if have > 0 && remote.size_bytes == Some(have) {
+            return Ok(());
         }
         let url = &remote.url;
         let (mut response, _) = self
             .send(Question::Content { from_byte: have }, url)
-            .map_err(|error| Failure::Broken(unreachable(error, url)))?;
+            .map_err(|error| Failure::Broken(no_answer(error, url)))?;
         let status = response.status().as_u16();
         if matches!(status, 408 | 429 | 500..=599) {
             return Err(Failure::Broken(Error::msg(format!(
@@ -365,7 +372,7 @@ impl<'a> Client<'a> {
         let received = copied?;
         if received > limit {
             // Not to be gone on from.
-            restart(()).map_err(Failure::Final)?;
+            restart().map_err(Failure::Final)?;
             let error = format!("{url} sent more than the {limit} bytes that were expected");
             return Err(Failure::Final(Error::msg(error)));
         }
@@ -435,7 +442,7 @@ fn header<'r>(response: &'r Response<Body>, name: &str) -> Option<&'r str> {
     response.headers().get(name)?.to_str().ok()
 }
 
-fn unreachable(error: ureq::Error, url: impl Display) -> Error {
+fn no_answer(error: ureq::Error, url: impl Display) -> Error {
     Error::new(error).context(format!(
         "cannot reach {url}: check the network or HF_ENDPOINT; --offline uses what is in the cache"
     ))
@@ -515,9 +522,9 @@ fn copy(from: &mut impl Read, to: &mut File, path: &Path) -> Result<u64, Failure
     }
 }
 
-/// An etag of 64 digits is the content's SHA-256.
+/// Checks the content against its SHA-256, if the hub said that.
 fn verify(path: &Path, remote: &RemoteFile, name: &str) -> Result<()> {
-    if remote.etag.len() != 64 {
+    if !remote.is_verified() {
         return Ok(());
     }
     let mut hasher = Sha256::new();
