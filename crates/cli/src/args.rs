@@ -7,7 +7,12 @@ use oxllama_memory::{DeviceCap, GpuSplit, VirtualDevices};
 
 /// Run EXL2 language models (and GPTQ, FP16/BF16, GGUF) with every byte planned.
 #[derive(Debug, Parser)]
-#[command(name = "oxllama", version, max_term_width = 100, arg_required_else_help = true)]
+#[command(
+    name = "oxllama",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true
+)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -47,7 +52,7 @@ pub(crate) struct ModelArgs {
 }
 
 /// Where a model goes and how much of it.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(crate) struct PlacementArgs {
     /// What computes: the fast CPU backend, or the slow scalar one that all others are held to
     #[arg(long, value_enum, default_value_t = DeviceKind::Cpu, help_heading = "Placement")]
@@ -84,11 +89,11 @@ pub(crate) struct PlacementArgs {
 
     /// Stretch rotary positions linearly by this factor
     #[arg(long, value_name = "FACTOR", help_heading = "Placement")]
-    pub(crate) rope_scale: Option<f32>,
+    pub(crate) rope_scale: Option<f64>,
 
     /// Raise the rotary base for longer contexts (NTK alpha, as in ExLlamaV2)
     #[arg(long, value_name = "ALPHA", help_heading = "Placement")]
-    pub(crate) rope_alpha: Option<f32>,
+    pub(crate) rope_alpha: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -124,23 +129,48 @@ pub(crate) struct SamplingArgs {
     pub(crate) greedy: bool,
 
     /// Divides the logits; 0 is greedy [default: the model's, else 0.8]
-    #[arg(long, value_name = "T", help_heading = "Sampling", conflicts_with = "greedy")]
+    #[arg(
+        long,
+        value_name = "T",
+        help_heading = "Sampling",
+        conflicts_with = "greedy"
+    )]
     pub(crate) temperature: Option<f32>,
 
     /// Keep the K most likely tokens, 0 for all [default: the model's, else 50]
-    #[arg(long, value_name = "K", help_heading = "Sampling", conflicts_with = "greedy")]
+    #[arg(
+        long,
+        value_name = "K",
+        help_heading = "Sampling",
+        conflicts_with = "greedy"
+    )]
     pub(crate) top_k: Option<u32>,
 
     /// Keep the most likely tokens up to this probability [default: the model's, else 0.8]
-    #[arg(long, value_name = "P", help_heading = "Sampling", conflicts_with = "greedy")]
+    #[arg(
+        long,
+        value_name = "P",
+        help_heading = "Sampling",
+        conflicts_with = "greedy"
+    )]
     pub(crate) top_p: Option<f32>,
 
     /// Drop tokens less likely than this share of the best [default: the model's, else 0]
-    #[arg(long, value_name = "P", help_heading = "Sampling", conflicts_with = "greedy")]
+    #[arg(
+        long,
+        value_name = "P",
+        help_heading = "Sampling",
+        conflicts_with = "greedy"
+    )]
     pub(crate) min_p: Option<f32>,
 
     /// Weaken tokens that occurred; 1 is off [default: the model's, else 1.025]
-    #[arg(long, value_name = "R", help_heading = "Sampling", conflicts_with = "greedy")]
+    #[arg(
+        long,
+        value_name = "R",
+        help_heading = "Sampling",
+        conflicts_with = "greedy"
+    )]
     pub(crate) repetition_penalty: Option<f32>,
 
     /// The same seed gives the same text [default: a new one each time]
@@ -304,4 +334,3 @@ pub(crate) struct DevicesArgs {
     #[arg(long)]
     pub(crate) json: bool,
 }
-

@@ -2,8 +2,11 @@
 
 mod args;
 mod commands;
+mod fetch;
+mod interrupt;
 mod output;
 mod resolve;
+mod sampling;
 mod session;
 
 use std::process::ExitCode;

@@ -62,6 +62,11 @@ pub(crate) fn byte_bar(what: &str, total_bytes: u64) -> ProgressBar {
     let style = ProgressStyle::with_template(
         "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}",
     )
-    .map_or_else(|_| ProgressStyle::default_bar(), |style| style.progress_chars("=> "));
-    ProgressBar::new(total_bytes).with_style(style).with_message(what.to_owned())
+    .map_or_else(
+        |_| ProgressStyle::default_bar(),
+        |style| style.progress_chars("=> "),
+    );
+    ProgressBar::new(total_bytes)
+        .with_style(style)
+        .with_message(what.to_owned())
 }

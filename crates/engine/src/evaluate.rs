@@ -48,7 +48,10 @@ pub fn evaluate(
     on_row: &mut dyn FnMut(usize, f64),
 ) -> Result<Evaluation, EngineError> {
     check(runner, reference.as_deref(), token_ids, rows, length)?;
-    let chunk = reference.as_deref().map_or(usize::MAX, chunk_tokens).min(chunk_tokens(runner));
+    let chunk = reference
+        .as_deref()
+        .map_or(usize::MAX, chunk_tokens)
+        .min(chunk_tokens(runner));
     let vocab_size = runner.spec().vocab_size;
     let mut sums = Sums::default();
     let mut reference_sums = Sums::default();
@@ -128,7 +131,10 @@ fn check(
     if rows == 0 || length < 2 {
         return Err(text_error("ask for at least 1 row of at least 2 tokens"));
     }
-    if rows.checked_mul(length).is_none_or(|needed| needed > token_ids.len()) {
+    if rows
+        .checked_mul(length)
+        .is_none_or(|needed| needed > token_ids.len())
+    {
         return Err(text_error("give a longer text, or fewer or shorter rows"));
     }
     if let Some(reference) = reference {
@@ -140,11 +146,20 @@ fn check(
     let context = reference.map_or(usize::MAX, |reference| reference.limits().context_tokens);
     let context_tokens = context.min(runner.limits().context_tokens);
     if length > context_tokens {
-        return Err(EngineError::PromptTooLong { prompt_tokens: length, context_tokens });
+        return Err(EngineError::PromptTooLong {
+            prompt_tokens: length,
+            context_tokens,
+        });
     }
     let vocab_size = runner.spec().vocab_size;
-    match token_ids[..rows * length].iter().find(|&&id| id as usize >= vocab_size) {
-        Some(&token_id) => Err(EngineError::TokenOutOfRange { token_id, vocab_size }),
+    match token_ids[..rows * length]
+        .iter()
+        .find(|&&id| id as usize >= vocab_size)
+    {
+        Some(&token_id) => Err(EngineError::TokenOutOfRange {
+            token_id,
+            vocab_size,
+        }),
         None => Ok(()),
     }
 }
@@ -182,7 +197,10 @@ fn log_softmax(logits: &[f32], log_probs: &mut [f32]) -> usize {
         }
     }
     let largest = logits[best];
-    let sum: f64 = logits.iter().map(|&logit| f64::from((logit - largest).exp())).sum();
+    let sum: f64 = logits
+        .iter()
+        .map(|&logit| f64::from((logit - largest).exp()))
+        .sum();
     let log_sum = f64::from(largest) + sum.ln();
     for (log_prob, &logit) in log_probs.iter_mut().zip(logits) {
         *log_prob = (f64::from(logit) - log_sum) as f32;
@@ -211,7 +229,11 @@ mod tests {
         assert_eq!(log_softmax(&[1.0, 3.0, 2.0], &mut p), 1);
         assert_eq!(log_softmax(&[0.0, 0.0, f32::ln(2.0)], &mut q), 2);
         let exp_sum = 1f64.exp() + 3f64.exp() + 2f64.exp();
-        let probabilities = [1f64.exp() / exp_sum, 3f64.exp() / exp_sum, 2f64.exp() / exp_sum];
+        let probabilities = [
+            1f64.exp() / exp_sum,
+            3f64.exp() / exp_sum,
+            2f64.exp() / exp_sum,
+        ];
         let expected: f64 = probabilities
             .iter()
             .zip([0.25f64, 0.25, 0.5])

@@ -60,14 +60,21 @@ impl<'a> Generator<'a> {
         self.check(job)?;
         let mut output = Output::new(job, self.tokenizer)?;
         let mut sampler = self.sampler(job);
-        let mut timings = Timings { prompt_tokens: job.prompt_ids.len(), ..Timings::default() };
+        let mut timings = Timings {
+            prompt_tokens: job.prompt_ids.len(),
+            ..Timings::default()
+        };
 
         let prefill_start = Instant::now();
         timings.cached_tokens = self.reuse_prefix(&job.prompt_ids);
         let goes_on = self.prefill_all_but_last_chunk(job, on_event)?;
         if !goes_on || job.max_new_tokens == 0 {
             timings.prefill_s = prefill_start.elapsed().as_secs_f64();
-            let reason = if goes_on { FinishReason::Length } else { FinishReason::Stop };
+            let reason = if goes_on {
+                FinishReason::Length
+            } else {
+                FinishReason::Stop
+            };
             return Ok((output.finish(reason, timings, on_event), None));
         }
         let first = self.cached_ids.len();
@@ -95,10 +102,16 @@ impl<'a> Generator<'a> {
         }
         if job.prompt_ids.len() >= context_tokens {
             let prompt_tokens = job.prompt_ids.len();
-            return Err(EngineError::PromptTooLong { prompt_tokens, context_tokens });
+            return Err(EngineError::PromptTooLong {
+                prompt_tokens,
+                context_tokens,
+            });
         }
         match job.prompt_ids.iter().find(|&&id| id as usize >= vocab_size) {
-            Some(&token_id) => Err(EngineError::TokenOutOfRange { token_id, vocab_size }),
+            Some(&token_id) => Err(EngineError::TokenOutOfRange {
+                token_id,
+                vocab_size,
+            }),
             None => Ok(()),
         }
     }
@@ -115,7 +128,12 @@ impl<'a> Generator<'a> {
     /// Keeps what the cache shares with `prompt_ids`, frees the rest, and returns how many
     /// tokens were kept: never all, since the last one's logits are needed.
     fn reuse_prefix(&mut self, prompt_ids: &[u32]) -> usize {
-        let shared = self.cached_ids.iter().zip(prompt_ids).take_while(|(a, b)| a == b).count();
+        let shared = self
+            .cached_ids
+            .iter()
+            .zip(prompt_ids)
+            .take_while(|(a, b)| a == b)
+            .count();
         let kept = shared.min(prompt_ids.len() - 1);
         self.cached_ids.truncate(kept);
         self.pool.shrink(&mut self.pages, kept);
@@ -179,7 +197,9 @@ impl<'a> Generator<'a> {
     ) -> Result<Drawn, EngineError> {
         let position = self.cached_ids.len() + token_ids.len() - 1;
         let logits = self.forward(token_ids, true)?;
-        let token_id = sampler.sample(logits, step).ok_or(EngineError::NotFinite { position })?;
+        let token_id = sampler
+            .sample(logits, step)
+            .ok_or(EngineError::NotFinite { position })?;
         let logprob = job.logprobs.map(|count| logprob(logits, token_id, count));
         Ok(Drawn { token_id, logprob })
     }
@@ -193,9 +213,11 @@ impl<'a> Generator<'a> {
         let step = &mut self.step;
         step.clear();
         step.token_ids.extend_from_slice(token_ids);
-        step.positions.extend((first..end).map(|position| position as u32));
+        step.positions
+            .extend((first..end).map(|position| position as u32));
         step.row_sequences.resize(token_ids.len(), 0);
-        step.page_tables.extend(self.pages.table().iter().map(|page| page.0));
+        step.page_tables
+            .extend(self.pages.table().iter().map(|page| page.0));
         step.pages_per_sequence = step.page_tables.len();
         if want_logits {
             step.logit_rows.push(token_ids.len() as u32 - 1);
@@ -215,15 +237,21 @@ struct Drawn {
 /// The log probability of `token_id` and the `count` most likely tokens.
 fn logprob(logits: &[f32], token_id: u32, count: usize) -> TokenLogprob {
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
+    let sum: f64 = logits
+        .iter()
+        .map(|&logit| f64::from(logit - largest).exp())
+        .sum();
     let log_sum = f64::from(largest) + sum.ln();
     let ranked = |token_id: u32| RankedToken {
         token_id,
         logprob: (f64::from(logits[token_id as usize]) - log_sum) as f32,
     };
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let most_likely_first =
-        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+    let most_likely_first = |a: &u32, b: &u32| {
+        logits[*b as usize]
+            .total_cmp(&logits[*a as usize])
+            .then(a.cmp(b))
+    };
     let count = count.min(order.len());
     if count < order.len() {
         order.select_nth_unstable_by(count, most_likely_first);
@@ -231,7 +259,11 @@ fn logprob(logits: &[f32], token_id: u32, count: usize) -> TokenLogprob {
     }
     order.sort_unstable_by(most_likely_first);
     let top = order.into_iter().map(ranked).collect();
-    TokenLogprob { token_id, logprob: ranked(token_id).logprob, top }
+    TokenLogprob {
+        token_id,
+        logprob: ranked(token_id).logprob,
+        top,
+    }
 }
 
 /// The answer as it grows.
@@ -273,7 +305,11 @@ impl Output {
         let released = self.stops.push(self.decoder.push(drawn.token_id));
         self.stopped = released.matched.is_some();
         let flow = self.emit(&released.text, on_event);
-        if self.stopped { ControlFlow::Break(()) } else { flow }
+        if self.stopped {
+            ControlFlow::Break(())
+        } else {
+            flow
+        }
     }
 
     fn emit(

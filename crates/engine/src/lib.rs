@@ -15,9 +15,7 @@ mod settings;
 pub use error::EngineError;
 pub use evaluate::{Comparison, Evaluation, evaluate};
 pub use generator::Generator;
-pub use job::{
-    Completion, Event, FinishReason, Job, RankedToken, Timings, TokenLogprob,
-};
+pub use job::{Completion, Event, FinishReason, Job, RankedToken, Timings, TokenLogprob};
 pub use pages::{PageId, PagePool, SequencePages};
 pub use sampler::Sampler;
 pub use settings::{SamplingSettings, SettingsError};

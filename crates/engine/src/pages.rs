@@ -20,7 +20,10 @@ impl PagePool {
     /// A pool with pages `0..pages`, all free.
     pub fn new(pages: usize) -> Self {
         let count = u32::try_from(pages).unwrap_or(u32::MAX);
-        Self { free: (0..count).rev().map(PageId).collect(), pages: count as usize }
+        Self {
+            free: (0..count).rev().map(PageId).collect(),
+            pages: count as usize,
+        }
     }
 
     /// Pages nobody holds.
@@ -33,7 +36,9 @@ impl PagePool {
     /// # Errors
     /// The pool has too few free pages.
     pub fn grow(&mut self, sequence: &mut SequencePages, tokens: usize) -> Result<(), EngineError> {
-        let missing = tokens.div_ceil(PAGE_TOKENS).saturating_sub(sequence.pages.len());
+        let missing = tokens
+            .div_ceil(PAGE_TOKENS)
+            .saturating_sub(sequence.pages.len());
         if missing > self.free.len() {
             return Err(EngineError::OutOfPages { pages: self.pages });
         }

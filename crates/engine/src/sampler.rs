@@ -61,7 +61,11 @@ impl Sampler {
         if penalty != 1.0 {
             for &token_id in &self.occurred_ids {
                 let logit = &mut self.penalised[token_id as usize];
-                *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };
+                *logit = if *logit > 0.0 {
+                    *logit / penalty
+                } else {
+                    *logit * penalty
+                };
             }
         }
         let best = argmax(&self.penalised)?;
@@ -77,7 +81,9 @@ impl Sampler {
         let candidates = &mut self.candidates;
         candidates.clear();
         let most_likely_first = |a: &Candidate, b: &Candidate| {
-            b.weight.total_cmp(&a.weight).then(a.token_id.cmp(&b.token_id))
+            b.weight
+                .total_cmp(&a.weight)
+                .then(a.token_id.cmp(&b.token_id))
         };
         let top_k = match self.settings.top_k as usize {
             0 => self.penalised.len(),
@@ -163,7 +169,8 @@ fn uniform(seed: u64, step: u64) -> f64 {
         z ^ (z >> 31)
     };
     const WEYL: u64 = 0x9E37_79B9_7F4A_7C15;
-    let bits = mix(mix(seed.wrapping_add(WEYL)).wrapping_add(step.wrapping_add(1).wrapping_mul(WEYL)));
+    let bits =
+        mix(mix(seed.wrapping_add(WEYL)).wrapping_add(step.wrapping_add(1).wrapping_mul(WEYL)));
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
@@ -172,7 +179,13 @@ mod tests {
     use super::*;
 
     fn neutral() -> SamplingSettings {
-        SamplingSettings { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
+        SamplingSettings {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+        }
     }
 
     /// Frequencies of each token over many steps.
@@ -183,13 +196,19 @@ mod tests {
         for step in 0..draws {
             counts[sampler.sample(logits, step).unwrap() as usize] += 1;
         }
-        counts.into_iter().map(|count| count as f64 / draws as f64).collect()
+        counts
+            .into_iter()
+            .map(|count| count as f64 / draws as f64)
+            .collect()
     }
 
     #[track_caller]
     fn check_close(found: &[f64], expected: &[f64]) {
         for (found, expected) in found.iter().zip(expected) {
-            assert!((found - expected).abs() < 0.012, "found {found}, expected {expected}");
+            assert!(
+                (found - expected).abs() < 0.012,
+                "found {found}, expected {expected}"
+            );
         }
     }
 
@@ -205,7 +224,10 @@ mod tests {
 
     #[test]
     fn temperature_sharpens() {
-        let settings = SamplingSettings { temperature: 0.5, ..neutral() };
+        let settings = SamplingSettings {
+            temperature: 0.5,
+            ..neutral()
+        };
         let found = frequencies(settings, &logits_of(&[0.5, 0.3, 0.2]));
         let total = 0.25 + 0.09 + 0.04;
         check_close(&found, &[0.25 / total, 0.09 / total, 0.04 / total]);
@@ -213,28 +235,40 @@ mod tests {
 
     #[test]
     fn top_k_keeps_the_most_likely() {
-        let settings = SamplingSettings { top_k: 2, ..neutral() };
+        let settings = SamplingSettings {
+            top_k: 2,
+            ..neutral()
+        };
         let found = frequencies(settings, &logits_of(&[0.2, 0.5, 0.3]));
         check_close(&found, &[0.0, 0.625, 0.375]);
     }
 
     #[test]
     fn top_p_keeps_the_smallest_set() {
-        let settings = SamplingSettings { top_p: 0.7, ..neutral() };
+        let settings = SamplingSettings {
+            top_p: 0.7,
+            ..neutral()
+        };
         let found = frequencies(settings, &logits_of(&[0.1, 0.5, 0.3, 0.1]));
         check_close(&found, &[0.0, 0.625, 0.375, 0.0]);
     }
 
     #[test]
     fn min_p_is_relative_to_the_most_likely() {
-        let settings = SamplingSettings { min_p: 0.5, ..neutral() };
+        let settings = SamplingSettings {
+            min_p: 0.5,
+            ..neutral()
+        };
         let found = frequencies(settings, &logits_of(&[0.5, 0.3, 0.2]));
         check_close(&found, &[0.625, 0.375, 0.0]);
     }
 
     #[test]
     fn repetition_penalty_counts_a_token_once() {
-        let settings = SamplingSettings { repetition_penalty: 2.0, ..SamplingSettings::greedy() };
+        let settings = SamplingSettings {
+            repetition_penalty: 2.0,
+            ..SamplingSettings::greedy()
+        };
         let mut sampler = Sampler::new(settings, 0, 3);
         assert_eq!(sampler.sample(&[3.0, 1.6, -1.0], 0), Some(0));
         sampler.observe(0);
@@ -249,10 +283,18 @@ mod tests {
         let logits: Vec<f32> = (0..100).map(|i| (i as f32 * 0.7).sin()).collect();
         let mut sampler = Sampler::new(neutral(), 42, logits.len());
         let forward: Vec<_> = (0..50).map(|step| sampler.sample(&logits, step)).collect();
-        let backward: Vec<_> = (0..50).rev().map(|step| sampler.sample(&logits, step)).collect();
+        let backward: Vec<_> = (0..50)
+            .rev()
+            .map(|step| sampler.sample(&logits, step))
+            .collect();
         assert!(forward.iter().eq(backward.iter().rev()));
         let mut other = Sampler::new(neutral(), 43, logits.len());
-        assert_ne!(forward, (0..50).map(|step| other.sample(&logits, step)).collect::<Vec<_>>());
+        assert_ne!(
+            forward,
+            (0..50)
+                .map(|step| other.sample(&logits, step))
+                .collect::<Vec<_>>()
+        );
     }
 
     #[test]

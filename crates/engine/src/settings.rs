@@ -24,7 +24,13 @@ pub struct SamplingSettings {
 
 impl Default for SamplingSettings {
     fn default() -> Self {
-        Self { temperature: 0.8, top_k: 50, top_p: 0.8, min_p: 0.0, repetition_penalty: 1.025 }
+        Self {
+            temperature: 0.8,
+            top_k: 50,
+            top_p: 0.8,
+            min_p: 0.0,
+            repetition_penalty: 1.025,
+        }
     }
 }
 
@@ -43,7 +49,13 @@ pub struct SettingsError {
 impl SamplingSettings {
     /// Always the most likely token, with no penalties.
     pub fn greedy() -> Self {
-        Self { temperature: 0.0, top_k: 1, top_p: 1.0, min_p: 0.0, repetition_penalty: 1.0 }
+        Self {
+            temperature: 0.0,
+            top_k: 1,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+        }
     }
 
     /// The defaults, with what a model's `generation_config.json` says in their place.
@@ -52,7 +64,9 @@ impl SamplingSettings {
     /// is found by [`Self::check`].
     pub fn from_generation_config(config: Option<&Value>) -> Self {
         let mut settings = Self::default();
-        let Some(config) = config else { return settings };
+        let Some(config) = config else {
+            return settings;
+        };
         if config.get("do_sample") == Some(&Value::Bool(false)) {
             return Self::greedy();
         }
@@ -80,7 +94,12 @@ impl SamplingSettings {
     pub fn check(&self) -> Result<(), SettingsError> {
         let unit = 0.0..=1.0;
         let checks = [
-            ("temperature", self.temperature, (0.0..=100.0).contains(&self.temperature), "0 to 100"),
+            (
+                "temperature",
+                self.temperature,
+                (0.0..=100.0).contains(&self.temperature),
+                "0 to 100",
+            ),
             ("top_p", self.top_p, unit.contains(&self.top_p), "0 to 1"),
             ("min_p", self.min_p, unit.contains(&self.min_p), "0 to 1"),
             (
@@ -91,7 +110,11 @@ impl SamplingSettings {
             ),
         ];
         match checks.into_iter().find(|(_, _, in_range, _)| !in_range) {
-            Some((name, found, _, expected)) => Err(SettingsError { name, found, expected }),
+            Some((name, found, _, expected)) => Err(SettingsError {
+                name,
+                found,
+                expected,
+            }),
             None => Ok(()),
         }
     }
@@ -107,7 +130,12 @@ mod tests {
         let settings = SamplingSettings::from_generation_config(None);
         assert_eq!(settings, SamplingSettings::default());
         assert_eq!(
-            (settings.temperature, settings.top_k, settings.top_p, settings.repetition_penalty),
+            (
+                settings.temperature,
+                settings.top_k,
+                settings.top_p,
+                settings.repetition_penalty
+            ),
             (0.8, 50, 0.8, 1.025)
         );
     }
@@ -116,7 +144,10 @@ mod tests {
     fn generation_config_wins_over_defaults() {
         let config = json!({"temperature": 0.6, "top_p": 0.9, "top_k": 20, "eos_token_id": [1, 2]});
         let settings = SamplingSettings::from_generation_config(Some(&config));
-        assert_eq!((settings.temperature, settings.top_p, settings.top_k), (0.6, 0.9, 20));
+        assert_eq!(
+            (settings.temperature, settings.top_p, settings.top_k),
+            (0.6, 0.9, 20)
+        );
         assert_eq!(settings.repetition_penalty, 1.025);
         let config = json!({"do_sample": false, "temperature": 0.6});
         assert!(SamplingSettings::from_generation_config(Some(&config)).is_greedy());
@@ -125,11 +156,41 @@ mod tests {
     #[test]
     fn out_of_range_settings_are_named() {
         let cases = [
-            (SamplingSettings { temperature: -1.0, ..Default::default() }, "temperature"),
-            (SamplingSettings { temperature: f32::NAN, ..Default::default() }, "temperature"),
-            (SamplingSettings { top_p: 1.5, ..Default::default() }, "top_p"),
-            (SamplingSettings { min_p: -0.1, ..Default::default() }, "min_p"),
-            (SamplingSettings { repetition_penalty: 0.0, ..Default::default() }, "repetition_penalty"),
+            (
+                SamplingSettings {
+                    temperature: -1.0,
+                    ..Default::default()
+                },
+                "temperature",
+            ),
+            (
+                SamplingSettings {
+                    temperature: f32::NAN,
+                    ..Default::default()
+                },
+                "temperature",
+            ),
+            (
+                SamplingSettings {
+                    top_p: 1.5,
+                    ..Default::default()
+                },
+                "top_p",
+            ),
+            (
+                SamplingSettings {
+                    min_p: -0.1,
+                    ..Default::default()
+                },
+                "min_p",
+            ),
+            (
+                SamplingSettings {
+                    repetition_penalty: 0.0,
+                    ..Default::default()
+                },
+                "repetition_penalty",
+            ),
         ];
         for (settings, name) in cases {
             assert_eq!(settings.check().unwrap_err().name, name);

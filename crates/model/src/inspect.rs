@@ -36,6 +36,8 @@ pub struct Inspection {
     pub parameters: u64,
     /// Bytes of the files that hold the model's tensors.
     pub stored_bytes: u64,
+    /// Stored bytes of the linears that a decode step reads: the layers' and the head's.
+    pub bytes_per_token: u64,
 }
 
 /// Reads the headers of `source`, which `spec` describes.
@@ -51,6 +53,8 @@ pub fn inspect(source: &ModelSource, spec: &ModelSpec) -> Result<Inspection, Mod
         .map(report)
         .collect();
     let layer_bits_per_weight = bits_per_weight(&layers);
+    let head = report(weights.head_linear());
+    let bytes_per_token = layers.iter().chain([&head]).map(|linear| linear.stored_bytes).sum();
     let mut linears = vec![report(&weights.embedding)];
     linears.extend(layers);
     linears.extend(weights.head.as_ref().map(report));
@@ -59,6 +63,7 @@ pub fn inspect(source: &ModelSource, spec: &ModelSpec) -> Result<Inspection, Mod
         bits_per_weight: bits_per_weight(&linears),
         parameters: linears.iter().map(parameters).sum(),
         stored_bytes: source.stored_bytes(),
+        bytes_per_token,
         linears,
     })
 }

@@ -1,0 +1,173 @@
+//! `oxllama bench`
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use oxllama_backend::PAGE_TOKENS;
+use oxllama_cpu::{SpinPool, measure_read_bandwidth};
+use oxllama_memory::Bytes;
+use oxllama_model::{Runner, StepPlan, inspect};
+use serde::Serialize;
+
+use crate::args::{BenchArgs, DeviceKind, PlacementArgs};
+use crate::output;
+use crate::session::{self, Host, StepSize};
+
+/// What the bandwidth is measured over: far more than any cache.
+const BANDWIDTH_BYTES: usize = 1 << 30;
+
+#[derive(Serialize)]
+struct Report {
+    model: String,
+    threads: usize,
+    /// Weights that a decode step reads.
+    bytes_per_token: Bytes,
+    read_bandwidth_gb_per_s: f64,
+    /// What reading those bytes at that bandwidth allows.
+    floor_tokens_per_s: f64,
+    prefill_tokens: usize,
+    prefill_tokens_per_s: f64,
+    decode_tokens: usize,
+    decode_tokens_per_s: f64,
+    /// Of the floor.
+    decode_share: f64,
+    load_s: f64,
+}
+
+pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
+    if args.prefill == 0 || args.decode == 0 || args.repeat == 0 {
+        bail!("--prefill, --decode and --repeat must be at least 1");
+    }
+    let context = args.prefill.max(args.decode + 1) as u64;
+    let placement = &args.model.placement;
+    let placement = &PlacementArgs {
+        context: Some(placement.context.unwrap_or(context)),
+        ..placement.clone()
+    };
+    let start = Instant::now();
+    let opened = session::open(&args.model.model, Some(placement))?;
+    let host = Host::new(placement)?;
+    let plan = session::plan(&opened, &host, placement, StepSize::ONE_JOB)?;
+    let mut runner = session::load(&opened, &host, placement, &plan)?;
+    let load_s = start.elapsed().as_secs_f64();
+
+    let threads = match placement.device {
+        DeviceKind::Cpu => placement.threads.unwrap_or_else(SpinPool::default_threads),
+        DeviceKind::Reference => 1,
+    };
+    // The three are measured in turns, so that a neighbour's load falls on all of them.
+    let mut best = Best::default();
+    for _ in 0..args.repeat {
+        best.bandwidth = best
+            .bandwidth
+            .max(measure_read_bandwidth(threads, BANDWIDTH_BYTES)?);
+        best.prefill = best.prefill.max(prefill(runner.as_mut(), args.prefill)?);
+        best.decode = best.decode.max(decode(runner.as_mut(), args.decode)?);
+    }
+    let bytes_per_token = Bytes(inspect(&opened.source, &opened.spec)?.bytes_per_token);
+    let floor = best.bandwidth / bytes_per_token.get() as f64;
+    let report = Report {
+        model: plan.memory.model.clone(),
+        threads,
+        bytes_per_token,
+        read_bandwidth_gb_per_s: best.bandwidth / 1e9,
+        floor_tokens_per_s: floor,
+        prefill_tokens: args.prefill,
+        prefill_tokens_per_s: best.prefill,
+        decode_tokens: args.decode,
+        decode_tokens_per_s: best.decode,
+        decode_share: best.decode / floor,
+        load_s,
+    };
+    print(&report, args.json)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Default)]
+struct Best {
+    /// Bytes a second.
+    bandwidth: f64,
+    /// Tokens a second.
+    prefill: f64,
+    decode: f64,
+}
+
+fn print(report: &Report, json: bool) -> Result<()> {
+    if json {
+        return output::json(report);
+    }
+    let Report {
+        model,
+        threads,
+        load_s,
+        ..
+    } = report;
+    output::line(format_args!(
+        "{model}, {threads} threads, loaded in {load_s:.3} s"
+    ))?;
+    output::line(format_args!(
+        "memory    reads {:.1} GB/s; a token reads {}: at most {:.0} tokens/s",
+        report.read_bandwidth_gb_per_s, report.bytes_per_token, report.floor_tokens_per_s
+    ))?;
+    output::line(format_args!(
+        "prefill   {:8.1} tokens/s ({} tokens)",
+        report.prefill_tokens_per_s, report.prefill_tokens
+    ))?;
+    output::line(format_args!(
+        "decode    {:8.1} tokens/s ({} tokens from an empty context), {:.0}% of what the \
+         memory allows",
+        report.decode_tokens_per_s,
+        report.decode_tokens,
+        100.0 * report.decode_share
+    ))
+}
+
+/// Tokens a second of bringing `tokens` tokens into an empty cache.
+fn prefill(runner: &mut dyn Runner, tokens: usize) -> Result<f64> {
+    let mut step = StepPlan::default();
+    let start = Instant::now();
+    let max_rows = runner.limits().max_rows;
+    for first in (0..tokens).step_by(max_rows) {
+        let end = (first + max_rows).min(tokens);
+        set_rows(&mut step, runner, first..end);
+        if end == tokens {
+            step.logit_rows.push((end - first - 1) as u32);
+        }
+        runner.run(&step)?;
+    }
+    Ok(tokens as f64 / start.elapsed().as_secs_f64())
+}
+
+/// Tokens a second of single steps from an empty cache. The first step, which touches
+/// memory for the first time in a fresh process, is not counted.
+fn decode(runner: &mut dyn Runner, tokens: usize) -> Result<f64> {
+    let mut step = StepPlan::default();
+    let mut start = Instant::now();
+    for position in 0..=tokens {
+        if position == 1 {
+            start = Instant::now();
+        }
+        set_rows(&mut step, runner, position..position + 1);
+        step.logit_rows.push(0);
+        runner.run(&step)?;
+    }
+    Ok(tokens as f64 / start.elapsed().as_secs_f64())
+}
+
+/// One sequence's rows at `positions`, with tokens that differ from row to row.
+fn set_rows(step: &mut StepPlan, runner: &dyn Runner, positions: std::ops::Range<usize>) {
+    let vocab_size = runner.spec().vocab_size as u32;
+    step.clear();
+    let pages = positions.end.div_ceil(PAGE_TOKENS);
+    step.page_tables.extend(0..pages as u32);
+    step.pages_per_sequence = pages;
+    for position in positions {
+        let position = position as u32;
+        // Knuth's multiplicative hash spreads them over the vocabulary.
+        step.token_ids
+            .push(position.wrapping_mul(2_654_435_761) % vocab_size);
+        step.positions.push(position);
+        step.row_sequences.push(0);
+    }
+}

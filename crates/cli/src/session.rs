@@ -1,0 +1,259 @@
+//! From the command line's words to a model ready to generate.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use oxllama_backend::Device;
+use oxllama_backend::reference::ReferenceDevice;
+use oxllama_cpu::{CpuDevice, SpinPool};
+use oxllama_format::{HostMemory, ModelSource};
+use oxllama_memory::{
+    Bytes, CacheFormat, DeviceId, DeviceInfo, GpuSplit, Inventory, Ledger, Policy,
+};
+use oxllama_model::{
+    Decoder, LoadOptions, ModelPlan, ModelRequest, ModelSpec, RopeOverrides, Runner, plan_model,
+};
+use oxllama_text::Tokenizer;
+
+use crate::args::{CacheKind, DeviceKind, ModelArgs, PlacementArgs, PolicyKind};
+use crate::{output, resolve};
+
+/// Sequences, rows and logits that a command needs at once.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StepSize {
+    pub(crate) batch: u64,
+    pub(crate) chunk_tokens: u64,
+    pub(crate) logit_rows: u64,
+}
+
+impl StepSize {
+    /// One job: chunks of 512 tokens, the logits of the last.
+    pub(crate) const ONE_JOB: Self = Self {
+        batch: 1,
+        chunk_tokens: 512,
+        logit_rows: 1,
+    };
+}
+
+/// The devices that the placement options describe, and the books over them.
+pub(crate) struct Host {
+    pub(crate) inventory: Inventory,
+    pub(crate) ledger: Ledger,
+    pool: Arc<SpinPool>,
+}
+
+impl Host {
+    pub(crate) fn new(placement: &PlacementArgs) -> Result<Self> {
+        let threads = placement.threads.unwrap_or_else(SpinPool::default_threads);
+        let pool = SpinPool::new(threads).context("cannot start the worker threads")?;
+        let inventory = inventory(placement)?;
+        Ok(Self {
+            ledger: Ledger::new(&inventory),
+            inventory,
+            pool: Arc::new(pool),
+        })
+    }
+
+    fn cpu_devices(&self) -> Vec<CpuDevice> {
+        let device =
+            |info: &DeviceInfo| CpuDevice::with_pool(info.id.clone(), Arc::clone(&self.pool), None);
+        self.inventory.devices().iter().map(device).collect()
+    }
+
+    fn reference_devices(&self) -> Vec<ReferenceDevice> {
+        let device = |info: &DeviceInfo| ReferenceDevice::new(info.id.clone());
+        self.inventory.devices().iter().map(device).collect()
+    }
+}
+
+/// One device for the whole CPU, or the virtual ones asked for.
+///
+/// A split for several devices describes GPUs; on a machine without them it is planned (and
+/// run) on virtual devices of those sizes.
+fn inventory(placement: &PlacementArgs) -> Result<Inventory> {
+    let split_sizes = match &placement.gpu_split {
+        Some(GpuSplit(sizes)) if sizes.len() > 1 => Some(sizes),
+        _ => None,
+    };
+    let sizes = placement
+        .virtual_devices
+        .as_ref()
+        .map(|devices| &devices.0)
+        .or(split_sizes);
+    let devices = match sizes {
+        Some(sizes) => (0u32..)
+            .zip(sizes)
+            .map(|(index, &size)| {
+                DeviceInfo::new(
+                    DeviceId::cpu(index),
+                    format!("virtual device {index}"),
+                    size,
+                )
+            })
+            .collect(),
+        None => {
+            let host = HostMemory::read()?;
+            let mut cpu = DeviceInfo::new(DeviceId::cpu(0), cpu_name(), Bytes(host.total_bytes));
+            cpu.available = Bytes(host.available_bytes.min(host.total_bytes));
+            vec![cpu]
+        }
+    };
+    Ok(Inventory::new(devices)?)
+}
+
+/// What the processor calls itself.
+pub(crate) fn cpu_name() -> String {
+    let information = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = information
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    model.map_or_else(|| "CPU".to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+/// A model's files and what they say of it.
+pub(crate) struct Opened {
+    pub(crate) source: ModelSource,
+    pub(crate) spec: ModelSpec,
+}
+
+pub(crate) fn open(model: &str, placement: Option<&PlacementArgs>) -> Result<Opened> {
+    let path = resolve::model_path(model)?;
+    let source = ModelSource::open(&path)?;
+    let mut spec = ModelSpec::from_config(source.config())
+        .with_context(|| format!("cannot load {}", path.display()))?;
+    if let Some(placement) = placement {
+        spec = spec.with_rope_overrides(RopeOverrides {
+            scale: placement.rope_scale,
+            alpha: placement.rope_alpha,
+            ..RopeOverrides::default()
+        })?;
+    }
+    Ok(Opened { source, spec })
+}
+
+pub(crate) fn request(placement: &PlacementArgs, size: StepSize) -> ModelRequest {
+    ModelRequest {
+        context_tokens: placement.context,
+        batch: size.batch,
+        chunk_tokens: size.chunk_tokens,
+        logit_rows: size.logit_rows,
+        cache: match placement.cache {
+            CacheKind::Fp16 => CacheFormat::F16,
+            CacheKind::Fp32 => CacheFormat::F32,
+        },
+        policy: match (&placement.gpu_split, placement.policy) {
+            (Some(split), _) => Policy::GpuSplit(split.clone()),
+            (None, PolicyKind::Fill) => Policy::Fill,
+            (None, PolicyKind::Balanced) => Policy::Balanced,
+        },
+        caps: placement
+            .cap
+            .iter()
+            .map(|cap| (cap.device.clone(), cap.limit))
+            .collect(),
+        excluded: Vec::new(),
+    }
+}
+
+/// Where `opened` would go on `host`.
+pub(crate) fn plan(
+    opened: &Opened,
+    host: &Host,
+    placement: &PlacementArgs,
+    size: StepSize,
+) -> Result<ModelPlan> {
+    let Opened { source, spec } = opened;
+    let request = request(placement, size);
+    let inventory = host.ledger.inventory();
+    let plan = match placement.device {
+        DeviceKind::Cpu => plan_model(source, spec, &host.cpu_devices()[0], &inventory, &request),
+        DeviceKind::Reference => plan_model(
+            source,
+            spec,
+            &host.reference_devices()[0],
+            &inventory,
+            &request,
+        ),
+    };
+    Ok(plan?)
+}
+
+/// Loads `opened` as `plan` says.
+pub(crate) fn load(
+    opened: &Opened,
+    host: &Host,
+    placement: &PlacementArgs,
+    plan: &ModelPlan,
+) -> Result<Box<dyn Runner>> {
+    match placement.device {
+        DeviceKind::Cpu => load_on(opened, host, host.cpu_devices(), plan),
+        DeviceKind::Reference => load_on(opened, host, host.reference_devices(), plan),
+    }
+}
+
+fn load_on<D: Device>(
+    opened: &Opened,
+    host: &Host,
+    devices: Vec<D>,
+    plan: &ModelPlan,
+) -> Result<Box<dyn Runner>> {
+    let bar = output::byte_bar("loading", 0);
+    let progress = |progress: oxllama_model::LoadProgress| {
+        bar.set_length(progress.total.get());
+        bar.set_position(progress.done.get());
+    };
+    let options = LoadOptions {
+        progress: Some(&progress),
+        ..LoadOptions::new(&host.ledger)
+    };
+    let decoder = Decoder::load(&opened.source, opened.spec.clone(), devices, plan, &options);
+    bar.finish_and_clear();
+    Ok(Box::new(decoder?))
+}
+
+pub(crate) fn tokenizer(source: &ModelSource) -> Result<Tokenizer> {
+    Ok(Tokenizer::new(
+        &source.tokenizer_json()?,
+        source.tokenizer_config(),
+        source.config(),
+        source.generation_config(),
+    )?)
+}
+
+/// A model ready to generate.
+pub(crate) struct Session {
+    pub(crate) opened: Opened,
+    pub(crate) plan: ModelPlan,
+    pub(crate) runner: Box<dyn Runner>,
+    pub(crate) tokenizer: Tokenizer,
+    /// Seconds from the command's start of loading to here.
+    pub(crate) load_s: f64,
+}
+
+impl Session {
+    /// Plans and loads the model, reading the tokenizer meanwhile.
+    pub(crate) fn start(args: &ModelArgs, size: StepSize) -> Result<Self> {
+        let start = Instant::now();
+        let placement = &args.placement;
+        let opened = open(&args.model, Some(placement))?;
+        let host = Host::new(placement)?;
+        let plan = plan(&opened, &host, placement, size)?;
+        let (tokenizer, runner) = std::thread::scope(|scope| {
+            let tokenizer = scope.spawn(|| tokenizer(&opened.source));
+            let runner = load(&opened, &host, placement, &plan);
+            let tokenizer = tokenizer
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            (tokenizer, runner)
+        });
+        let (tokenizer, runner) = (tokenizer?, runner?);
+        Ok(Self {
+            opened,
+            plan,
+            runner,
+            tokenizer,
+            load_s: start.elapsed().as_secs_f64(),
+        })
+    }
+}
