@@ -6,11 +6,12 @@ use oxllama_backend::conformance::{self, Tolerances};
 use oxllama_cpu::{CpuDevice, Isa, SpinPool};
 use oxllama_memory::{Bytes, DeviceId, Ledger};
 
-/// Activations of quantised products have 16 bits; everything else is f32 in another order of
-/// sums than the oracle's, with functions of a few units in the last place.
+/// In quantised products the oracle rounds every weight to fp16 (half a unit is 2.4e-4) and the
+/// kernels do not; their 16-bit activations add far less. Everything else is f32 in another order
+/// of sums than the oracle's, with functions of a few units in the last place.
 const TOLERANCES: Tolerances = Tolerances {
-    exl2_linear: 1e-4,
-    gptq_linear: 1e-4,
+    exl2_linear: 1.5e-3,
+    gptq_linear: 1.5e-3,
     float_linear: 1e-5,
     norm: 2e-6,
     elementwise: 2e-6,
