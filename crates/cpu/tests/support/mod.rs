@@ -31,7 +31,11 @@ impl TensorSource for Tensors {
         Box::new(self.0.values().map(|(info, _)| info))
     }
     fn read(&self, name: &str) -> Result<TensorData<'_>, FormatError> {
-        let (info, bytes) = &self.0[name];
+        let (info, bytes) = self.0.get(name).ok_or_else(|| FormatError::MissingTensor {
+            path: std::path::PathBuf::new(),
+            tensor: name.to_owned(),
+            expected: "a tensor of this linear".to_owned(),
+        })?;
         Ok(TensorData {
             info: info.clone(),
             bytes: Cow::Borrowed(bytes),
