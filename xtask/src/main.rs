@@ -45,7 +45,10 @@ fn report(message: &str) {
 
 /// The workspace's root.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace").into()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("xtask lies in the workspace")
+        .into()
 }
 
 fn cargo<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Result<()> {
@@ -55,7 +58,9 @@ fn cargo<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Result<()> 
 }
 
 fn run(command: &mut Command) -> Result<()> {
-    let status = command.status().with_context(|| format!("cannot start {command:?}"))?;
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start {command:?}"))?;
     if !status.success() {
         bail!("{command:?} ended with {status}");
     }
@@ -64,15 +69,36 @@ fn run(command: &mut Command) -> Result<()> {
 
 /// Builds the tests, fetches the demo model with the binary that was just built, runs them.
 fn test(filters: &[String]) -> Result<()> {
-    cargo(["build", "--workspace", "--tests", "--bins", "--profile", "test"])?;
+    cargo([
+        "build",
+        "--workspace",
+        "--tests",
+        "--bins",
+        "--profile",
+        "test",
+    ])?;
     fetch_demo_model();
     if has_nextest() {
-        let profile = if std::env::var_os("CI").is_some() { "ci" } else { "default" };
+        let profile = if std::env::var_os("CI").is_some() {
+            "ci"
+        } else {
+            "default"
+        };
         let arguments = ["nextest", "run", "--workspace", "--profile", profile];
-        cargo(arguments.into_iter().map(str::to_owned).chain(filters.iter().cloned()))
+        cargo(
+            arguments
+                .into_iter()
+                .map(str::to_owned)
+                .chain(filters.iter().cloned()),
+        )
     } else {
         let arguments = ["test", "--workspace", "--tests", "--bins", "--lib", "--"];
-        cargo(arguments.into_iter().map(str::to_owned).chain(filters.iter().cloned()))
+        cargo(
+            arguments
+                .into_iter()
+                .map(str::to_owned)
+                .chain(filters.iter().cloned()),
+        )
     }
 }
 
@@ -80,9 +106,13 @@ fn test(filters: &[String]) -> Result<()> {
 /// without a network still runs the rest.
 fn fetch_demo_model() {
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root().join("target"), PathBuf::from);
-    let binary = target.join("debug").join(format!("oxllama{}", std::env::consts::EXE_SUFFIX));
+    let binary = target
+        .join("debug")
+        .join(format!("oxllama{}", std::env::consts::EXE_SUFFIX));
     if let Err(error) = run(Command::new(binary).args(["pull", "smollm2-135m"])) {
-        report(&format!("xtask: the demo model could not be fetched, its tests will skip: {error:#}"));
+        report(&format!(
+            "xtask: the demo model could not be fetched, its tests will skip: {error:#}"
+        ));
     }
 }
 
@@ -95,5 +125,12 @@ fn has_nextest() -> bool {
 
 fn check() -> Result<()> {
     cargo(["fmt", "--all", "--check"])?;
-    cargo(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])
+    cargo([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ])
 }

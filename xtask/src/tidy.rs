@@ -61,8 +61,12 @@ fn library_sources(exempt: &[&str]) -> Vec<(PathBuf, String)> {
     sources()
         .into_iter()
         .filter(|(path, _)| {
-            let parts: Vec<_> = path.components().map(|c| c.as_os_str().to_string_lossy()).collect();
-            parts.iter().any(|part| part == "src") && !parts.iter().any(|part| exempt.contains(&&**part))
+            let parts: Vec<_> = path
+                .components()
+                .map(|c| c.as_os_str().to_string_lossy())
+                .collect();
+            parts.iter().any(|part| part == "src")
+                && !parts.iter().any(|part| exempt.contains(&&**part))
         })
         .collect()
 }
@@ -97,7 +101,11 @@ fn nothing_is_chosen_at_compile_time() {
 fn files_stay_readable() {
     for (path, text) in sources() {
         let lines = text.lines().count();
-        assert!(lines <= 650, "{} has {lines} lines: split it by role", path.display());
+        assert!(
+            lines <= 650,
+            "{} has {lines} lines: split it by role",
+            path.display()
+        );
     }
 }
 
@@ -107,7 +115,11 @@ fn metadata() -> Value {
         .current_dir(root())
         .output()
         .expect("cargo metadata runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     serde_json::from_slice(&output.stdout).expect("cargo metadata prints JSON")
 }
 
@@ -124,7 +136,10 @@ fn arrows_between_crates_point_down() {
             let dependency_name = dependency["name"].as_str().expect("a name");
             let is_for_tests = dependency["kind"] == "dev";
             if let Some(other) = LAYERS.iter().position(|layer| *layer == dependency_name) {
-                assert!(other < height || is_for_tests, "{name} imports {dependency_name}");
+                assert!(
+                    other < height || is_for_tests,
+                    "{name} imports {dependency_name}"
+                );
             }
         }
     }
@@ -136,13 +151,18 @@ fn licences_are_permissive() {
     let mut refused = BTreeMap::new();
     for package in metadata["packages"].as_array().expect("packages") {
         let name = package["name"].as_str().unwrap_or_default();
-        let licence = package["license"].as_str().unwrap_or_default().replace('/', " OR ");
+        let licence = package["license"]
+            .as_str()
+            .unwrap_or_default()
+            .replace('/', " OR ");
         let allowed = |part: &str| {
             let part = part.trim().trim_matches(['(', ')']).trim();
             LICENCES.contains(&part)
         };
         // "A OR B" needs one allowed part, "A AND B" all of them.
-        let ok = licence.split(" OR ").any(|choice| choice.split(" AND ").all(allowed));
+        let ok = licence
+            .split(" OR ")
+            .any(|choice| choice.split(" AND ").all(allowed));
         if !ok {
             refused.insert(name.to_owned(), licence);
         }

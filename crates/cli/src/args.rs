@@ -275,8 +275,12 @@ pub(crate) struct PullArgs {
     pub(crate) name: String,
 
     /// Use what is in the cache and do not touch the network
-    #[arg(long, env = "HF_HUB_OFFLINE", value_parser = clap::builder::BoolishValueParser::new(),
-          num_args = 0..=1, default_value = "false", default_missing_value = "true")]
+    #[arg(
+        long,
+        env = "HF_HUB_OFFLINE",
+        action = clap::ArgAction::SetTrue,
+        value_parser = clap::builder::FalseyValueParser::new()
+    )]
     pub(crate) offline: bool,
 }
 

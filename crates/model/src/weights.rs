@@ -383,7 +383,8 @@ impl Finder<'_> {
         };
         self.check_in_features(key, &header, self.spec.hidden_size, "hidden_size")?;
         let vocab_size = self.spec.vocab_size;
-        let padded = vocab_size.next_multiple_of(256);
+        // EXL2 pads heads to 32 outputs; training scripts pad embeddings to 64 tokens.
+        let padded = vocab_size.next_multiple_of(64);
         if !(vocab_size..=padded).contains(&header.out_features) {
             return Err(ModelError::Contradiction {
                 tensor: key.to_owned(),

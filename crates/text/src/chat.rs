@@ -28,8 +28,11 @@ const INSTRUCTIONS_PER_MESSAGE: u64 = 5_000;
 /// The rendered text may have this many bytes, and this many times the bytes given.
 const OUTPUT_BYTES: usize = 1 << 20;
 const OUTPUT_TIMES_INPUT: usize = 16;
-/// Values nested as deep as the instructions allow are dropped recursively, one frame a level.
-/// Address space only: pages are taken when they are touched.
+/// Real templates have at most some ten thousand bytes.
+const SOURCE_BYTES: usize = 64 << 10;
+/// Expressions nested as deep as the source allows are compiled, and values nested as deep as the
+/// instructions allow are dropped, recursively: a frame or two a level. Address space only: pages
+/// are taken when they are touched.
 const STACK_BYTES: usize = 256 << 20;
 const TEMPLATE_NAME: &str = "chat_template";
 const TOOL_TEMPLATE_NAME: &str = "tool_use";
@@ -167,16 +170,23 @@ impl ChatTemplate {
     }
 
     fn add(&mut self, name: &'static str, source: &str) -> Result<(), TextError> {
+        if source.len() > SOURCE_BYTES {
+            return Err(TextError::ChatTemplateSyntax {
+                detail: format!(
+                    "it has {} bytes, at most {SOURCE_BYTES} are read",
+                    source.len()
+                ),
+            });
+        }
         let source = generation_marks_as_conditions(source);
         self.source_bytes += source.len();
-        let added = catch_unwind(AssertUnwindSafe(|| {
-            self.environment
+        let environment = &mut self.environment;
+        on_deep_stack(|| {
+            environment
                 .add_template_owned(name, source)
                 .map_err(|error| error.to_string())
-        }));
-        added
-            .unwrap_or_else(|panic| Err(panic_message(&*panic)))
-            .map_err(|detail| TextError::ChatTemplateSyntax { detail })
+        })
+        .map_err(|detail| TextError::ChatTemplateSyntax { detail })
     }
 
     /// Renders a conversation. `bos_token` and `eos_token` that the options leave out are those of
@@ -208,16 +218,7 @@ impl ChatTemplate {
             instructions,
             input_bytes,
         };
-        std::thread::scope(|scope| {
-            std::thread::Builder::new()
-                .name("chat-template".to_owned())
-                .stack_size(STACK_BYTES)
-                .spawn_scoped(scope, || catch_unwind(AssertUnwindSafe(|| job.render())))
-                .map_err(|error| failed(format!("no thread to render it: {error}")))?
-                .join()
-                .and_then(|rendered| rendered)
-                .unwrap_or_else(|panic| Err(failed(panic_message(&*panic))))
-        })
+        on_deep_stack(|| Ok(job.render())).unwrap_or_else(|detail| Err(failed(detail)))
     }
 
     fn variables(
@@ -250,6 +251,21 @@ impl ChatTemplate {
         );
         Ok(variables)
     }
+}
+
+/// Runs the interpreter on a thread whose stack is deep enough for what a template can nest, and
+/// turns a panic into its message.
+fn on_deep_stack<T: Send>(work: impl FnOnce() -> Result<T, String> + Send) -> Result<T, String> {
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("chat-template".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn_scoped(scope, || catch_unwind(AssertUnwindSafe(work)))
+            .map_err(|error| format!("no thread to run it on: {error}"))?
+            .join()
+            .and_then(|result| result)
+            .unwrap_or_else(|panic| Err(panic_message(&*panic)))
+    })
 }
 
 /// Everything that the rendering thread needs.

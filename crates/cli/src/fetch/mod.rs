@@ -30,10 +30,6 @@ fn make_directory(directory: &Path) -> Result<()> {
 
 /// Holds `path` as a lock until the answer is dropped, so that two processes do not fetch the
 /// same thing. The file stays: removing it would let two holders in.
-#[allow(
-    clippy::incompatible_msrv,
-    reason = "the pinned toolchain has file locks"
-)]
 fn lock(path: &Path, what: &str) -> Result<File> {
     if let Some(parent) = path.parent() {
         make_directory(parent)?;

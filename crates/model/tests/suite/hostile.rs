@@ -52,7 +52,7 @@ fn errors_name_the_key_and_both_values() {
             "`hidden_size`: found null",
         ),
         (
-            config_error("num_hidden_layers", json!(1 << 40)),
+            config_error("num_hidden_layers", json!(1_u64 << 40)),
             "1 to 4096",
         ),
         (
