@@ -54,7 +54,11 @@ pub fn inspect(source: &ModelSource, spec: &ModelSpec) -> Result<Inspection, Mod
         .collect();
     let layer_bits_per_weight = bits_per_weight(&layers);
     let head = report(weights.head_linear());
-    let bytes_per_token = layers.iter().chain([&head]).map(|linear| linear.stored_bytes).sum();
+    let bytes_per_token = layers
+        .iter()
+        .chain([&head])
+        .map(|linear| linear.stored_bytes)
+        .sum();
     let mut linears = vec![report(&weights.embedding)];
     linears.extend(layers);
     linears.extend(weights.head.as_ref().map(report));

@@ -402,15 +402,16 @@ fn check_host_memory(plan: &ModelPlan, options: &LoadOptions<'_>) -> Result<(), 
     let Some(memory) = options.host_memory else {
         return Ok(());
     };
-    let on_host = plan
+    let on_host: Vec<&DevicePlan> = plan
         .memory
         .devices
         .iter()
-        .filter(|part| part.device.kind() == "cpu");
+        .filter(|part| part.device.kind() == "cpu")
+        .collect();
     let needed = on_host
-        .clone()
+        .iter()
         .fold(Bytes::ZERO, |sum, part| sum.saturating_add(part.total));
-    match on_host.last() {
+    match on_host.first() {
         Some(part) if needed.get() > memory.available_bytes => Err(ModelError::HostMemory {
             device: part.device.clone(),
             needed,

@@ -30,6 +30,26 @@ pub(crate) fn shared(path: &str) -> Option<PathBuf> {
     None
 }
 
+/// The demo model, SmolLM2-135M converted to fp16, where `oxllama pull smollm2-135m` keeps it;
+/// says so loudly and gives `None` where it is not.
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+pub(crate) fn demo_model() -> Option<PathBuf> {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+    let cache = variable("OXLLAMA_CACHE")
+        .map(PathBuf::from)
+        .or_else(|| Some(Path::new(&variable("XDG_CACHE_HOME")?).join("oxllama")))
+        .or_else(|| Some(Path::new(&variable("HOME")?).join(".cache/oxllama")))?;
+    let path = cache.join("models/smollm2-135m");
+    if path.exists() {
+        return Some(path);
+    }
+    eprintln!(
+        "SKIPPED: {} not found; run `oxllama pull smollm2-135m`",
+        path.display()
+    );
+    None
+}
+
 /// An inventory of `count` virtual devices of `each` bytes, and its books.
 pub(crate) fn virtual_devices(count: u32, each: Bytes) -> (Inventory, Ledger) {
     let devices = (0..count)

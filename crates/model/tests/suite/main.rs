@@ -4,6 +4,7 @@ mod families;
 mod files;
 mod harness;
 mod hostile;
+mod layouts;
 mod ledger;
 mod planning;
 mod smollm2;

@@ -1,11 +1,12 @@
-//! SmolLM2-135M's EXL2 file against the float32 outputs of the shared data.
+//! SmolLM2-135M, the original and its EXL2 file, against the float32 outputs of the shared
+//! data.
 
 use oxllama_backend::reference::ReferenceDevice;
 use oxllama_format::ModelSource;
 use oxllama_model::{ModelSpec, Runner, inspect};
 use serde_json::Value;
 
-use crate::harness::{Sequence, cpu_device, exact_request, load, shared};
+use crate::harness::{Sequence, cpu_device, demo_model, exact_request, load, shared};
 
 /// How far the logits of the scalar and of the fast backend may be from the golden ones.
 const REFERENCE_TOLERANCE: f64 = 0.002;
@@ -90,6 +91,18 @@ fn exl2_file_matches_golden_on_the_fast_backend() {
     };
     let model = load(&path, &exact_request(512), cpu_device).model;
     check_against_golden(model, &golden["exl2_4.0bpw"], CPU_TOLERANCE, 64);
+}
+
+#[test]
+fn original_matches_golden() {
+    let (Some(golden), Some(path)) = (golden(), demo_model()) else {
+        return;
+    };
+    let cases = &golden["original"];
+    let model = load(&path, &exact_request(512), ReferenceDevice::new).model;
+    check_against_golden(model, cases, REFERENCE_TOLERANCE, 2);
+    let model = load(&path, &exact_request(512), cpu_device).model;
+    check_against_golden(model, cases, CPU_TOLERANCE, 16);
 }
 
 #[test]
