@@ -30,6 +30,9 @@ const OUTPUT_BYTES: usize = 1 << 20;
 const OUTPUT_TIMES_INPUT: usize = 16;
 /// Real templates have at most some ten thousand bytes.
 const SOURCE_BYTES: usize = 64 << 10;
+/// The longest `{{ … }}` or `{% … %}`, not counting string literals: chains of some operators
+/// compile in quadratic time.
+const TAG_BYTES: usize = 4 << 10;
 /// Expressions nested as deep as the source allows are compiled, and values nested as deep as the
 /// instructions allow are dropped, recursively: a frame or two a level. Address space only: pages
 /// are taken when they are touched.
@@ -170,13 +173,15 @@ impl ChatTemplate {
     }
 
     fn add(&mut self, name: &'static str, source: &str) -> Result<(), TextError> {
-        if source.len() > SOURCE_BYTES {
-            return Err(TextError::ChatTemplateSyntax {
-                detail: format!(
-                    "it has {} bytes, at most {SOURCE_BYTES} are read",
-                    source.len()
-                ),
-            });
+        for (part, bytes, limit) in [
+            ("it", source.len(), SOURCE_BYTES),
+            ("an expression in it", longest_tag_bytes(source), TAG_BYTES),
+        ] {
+            if bytes > limit {
+                return Err(TextError::ChatTemplateSyntax {
+                    detail: format!("{part} has {bytes} bytes, at most {limit} are read"),
+                });
+            }
         }
         let source = generation_marks_as_conditions(source);
         self.source_bytes += source.len();
@@ -426,6 +431,41 @@ fn generation_marks_as_conditions(source: &str) -> String {
     }
     rewritten.push_str(rest);
     rewritten
+}
+
+/// Bytes of the longest `{{ … }}` or `{% … %}`, without the string literals in it.
+fn longest_tag_bytes(source: &str) -> usize {
+    let mut longest = 0;
+    let mut rest = source.as_bytes();
+    while let Some(open) = rest
+        .windows(2)
+        .position(|pair| matches!(pair, b"{{" | b"{%" | b"{#"))
+    {
+        let is_comment = rest[open + 1] == b'#';
+        rest = &rest[open + 2..];
+        let mut quote = None;
+        let mut bytes = 0;
+        let mut place = 0;
+        while place < rest.len() {
+            let byte = rest[place];
+            let pair = (byte, rest.get(place + 1).copied());
+            match (quote, pair) {
+                (Some(_), (b'\\', _)) => place += 1,
+                (Some(open), _) if byte == open => quote = None,
+                (Some(_), _) => {}
+                (None, (b'#', Some(b'}'))) if is_comment => break,
+                (None, (b'}' | b'%', Some(b'}'))) if !is_comment => break,
+                (None, (b'"' | b'\'', _)) if !is_comment => quote = Some(byte),
+                (None, _) => bytes += 1,
+            }
+            place += 1;
+        }
+        if !is_comment {
+            longest = longest.max(bytes);
+        }
+        rest = &rest[place.min(rest.len())..];
+    }
+    longest
 }
 
 fn json_bytes(variables: &Map<String, Value>) -> usize {
