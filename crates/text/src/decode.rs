@@ -312,7 +312,7 @@ fn flush(stages: &[Stage], states: &mut [StageState], out: &mut String) {
         match stages[index] {
             Stage::ByteFallback => {
                 end_fallback_run(&mut state.pending, |text| {
-                    feed(later, later_states, text, out)
+                    feed(later, later_states, text, out);
                 });
             }
             Stage::ByteLevel if !state.pending.is_empty() => {

@@ -1,6 +1,5 @@
 //! `strftime` for chat templates, in UTC.
 
-use std::fmt::Write as _;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 const SECONDS_PER_DAY: i64 = 86_400;
@@ -87,64 +86,36 @@ pub(super) fn strftime(format: &str, unix_time_s: i64) -> Result<String, String>
         if !padded {
             directive = characters.next();
         }
-        let (number, width) = match directive {
-            Some('d') => (day, 2),
-            Some('m') => (month as i64, 2),
-            Some('Y') => (year, 4),
-            Some('y') => (year.rem_euclid(100), 2),
-            Some('H') => (hour, 2),
-            Some('I') => ((hour + 11) % 12 + 1, 2),
-            Some('M') => (minute, 2),
-            Some('S') => (second_of_day % 60, 2),
-            Some('j') => (days - days_to_year(year) + 1, 3),
-            Some('B') => {
-                out.push_str(month_name);
-                continue;
-            }
-            Some('b' | 'h') => {
-                out.push_str(&month_name[..3]);
-                continue;
-            }
-            Some('A') => {
-                out.push_str(weekday);
-                continue;
-            }
-            Some('a') => {
-                out.push_str(&weekday[..3]);
-                continue;
-            }
-            Some('p') => {
-                out.push_str(if hour < 12 { "AM" } else { "PM" });
-                continue;
-            }
-            Some('Z') => {
-                out.push_str("UTC");
-                continue;
-            }
-            Some('z') => {
-                out.push_str("+0000");
-                continue;
-            }
-            Some('%') => {
-                out.push('%');
-                continue;
-            }
-            Some('F') => {
-                out.push_str(&strftime("%Y-%m-%d", unix_time_s)?);
-                continue;
-            }
-            Some('T') => {
-                out.push_str(&strftime("%H:%M:%S", unix_time_s)?);
-                continue;
-            }
+        let number = |value: i64, width: usize| {
+            let width = if padded { width } else { 0 };
+            format!("{value:0width$}")
+        };
+        let text = match directive {
+            Some('d') => number(day, 2),
+            Some('m') => number(month as i64, 2),
+            Some('Y') => number(year, 4),
+            Some('y') => number(year.rem_euclid(100), 2),
+            Some('H') => number(hour, 2),
+            Some('I') => number((hour + 11) % 12 + 1, 2),
+            Some('M') => number(minute, 2),
+            Some('S') => number(second_of_day % 60, 2),
+            Some('j') => number(days - days_to_year(year) + 1, 3),
+            Some('B') => month_name.to_owned(),
+            Some('b' | 'h') => month_name[..3].to_owned(),
+            Some('A') => weekday.to_owned(),
+            Some('a') => weekday[..3].to_owned(),
+            Some('p') => if hour < 12 { "AM" } else { "PM" }.to_owned(),
+            Some('Z') => "UTC".to_owned(),
+            Some('z') => "+0000".to_owned(),
+            Some('%') => "%".to_owned(),
+            Some('F') => strftime("%Y-%m-%d", unix_time_s)?,
+            Some('T') => strftime("%H:%M:%S", unix_time_s)?,
             other => {
                 let other = other.map_or_else(String::new, String::from);
                 return Err(format!("strftime_now does not know the directive %{other}"));
             }
         };
-        let width = if padded { width } else { 0 };
-        // Writing to a string cannot fail.
-        let _ = write!(out, "{number:0width$}");
+        out.push_str(&text);
     }
     Ok(out)
 }

@@ -16,7 +16,7 @@ fn file(name: &str) -> Value {
 }
 
 fn refused(file: &Value) -> TextError {
-    load(file).err().expect("the file is refused")
+    load(file).expect_err("the file is refused")
 }
 
 #[test]
