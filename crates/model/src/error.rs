@@ -183,13 +183,27 @@ pub enum ModelError {
 
     /// A device failed or refused.
     #[error(transparent)]
-    Device(#[from] DeviceError),
+    Device(Box<DeviceError>),
 
     /// The model's files are malformed.
     #[error(transparent)]
-    Format(#[from] FormatError),
+    Format(Box<FormatError>),
 
     /// The ledger has less than the plan counted on.
     #[error(transparent)]
     Shortfall(#[from] Shortfall),
+}
+
+/// Boxed: both are large, and every step of a model returns this crate's error.
+impl From<DeviceError> for ModelError {
+    fn from(error: DeviceError) -> Self {
+        Self::Device(Box::new(error))
+    }
+}
+
+/// Boxed for the same reason.
+impl From<FormatError> for ModelError {
+    fn from(error: FormatError) -> Self {
+        Self::Format(Box::new(error))
+    }
 }
