@@ -57,7 +57,7 @@ impl Host {
 
     fn cpu_devices(&self) -> Vec<CpuDevice> {
         let device =
-            |info: &DeviceInfo| CpuDevice::with_pool(info.id.clone(), Arc::clone(&self.pool), None);
+            |info: &DeviceInfo| CpuDevice::with_pool(info.id.clone(), None, Arc::clone(&self.pool));
         self.inventory.devices().iter().map(device).collect()
     }
 
