@@ -141,6 +141,32 @@ impl AttentionScratch {
     }
 }
 
+/// Norms and rotates one head.
+///
+/// # Safety
+/// As [`Simd`]'s; the head has the dimensions of norm and rope.
+#[inline(always)]
+unsafe fn finish_head<S: Simd>(
+    vector: *mut f32,
+    norm: Option<RowNorm>,
+    head: usize,
+    rope: Option<&RowRope>,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if let Some(norm) = norm {
+            let norm = RowNorm {
+                weight: norm.weight.add(head * norm.width),
+                ..norm
+            };
+            norm_row_generic::<S>(norm, vector, vector);
+        }
+        if let Some(rope) = rope {
+            rotate::<S>(rope, vector);
+        }
+    }
+}
+
 /// Norms and rotates the query heads of one key head in one row, and its key; stores key and value.
 ///
 /// # Safety
@@ -157,25 +183,13 @@ pub(crate) unsafe fn prepare<S: Simd, E: Element>(plan: &Plan<'_>, row: usize, k
             sines: rope.sines.add(row * rope.pairs),
             ..rope
         });
-        let finish_head = |vector: *mut f32, norm: Option<RowNorm>, head: usize| {
-            if let Some(norm) = norm {
-                let norm = RowNorm {
-                    weight: norm.weight.add(head * head_dim),
-                    ..norm
-                };
-                norm_row_generic::<S>(norm, vector, vector);
-            }
-            if let Some(rope) = &rope {
-                rotate::<S>(rope, vector);
-            }
-        };
         for head in kv_head * plan.group()..(kv_head + 1) * plan.group() {
             let query = plan.queries.add((row * plan.heads + head) * head_dim);
-            finish_head(query, plan.query_norm, head);
+            finish_head::<S>(query, plan.query_norm, head, rope.as_ref());
         }
         let at = (row * plan.kv_heads + kv_head) * head_dim;
         let key = plan.keys.add(at);
-        finish_head(key, plan.key_norm, kv_head);
+        finish_head::<S>(key, plan.key_norm, kv_head, rope.as_ref());
         let slot = plan.page_element(row, position / PAGE_TOKENS, kv_head)
             + position % PAGE_TOKENS * head_dim;
         for d in (0..head_dim).step_by(LANES) {

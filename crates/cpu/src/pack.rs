@@ -166,7 +166,50 @@ fn pack_lanes<const BITS: usize>(source: &[[u32; LANES]; BITS]) -> [[u32; LANES]
     packed
 }
 
+/// A field of `bits` bits at bit `at` of each half of a word.
+///
+/// # Safety
+/// As [`Simd`]'s; `block` holds the word's vector.
+#[inline(always)]
+unsafe fn field<S: Simd>(block: *const i32, word: u32, bits: u32, at: u32) -> S::I {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let words = S::load_i32(block.add(word as usize * LANES));
+        let mask = S::splat_i32(((1_i32 << bits) - 1) * 0x0001_0001);
+        if at == 0 {
+            S::and(words, mask)
+        } else if at + bits == 16 {
+            S::shift_right_16(words, at)
+        } else {
+            S::and(S::shift_right_16(words, at), mask)
+        }
+    }
+}
+
+/// A higher plane's field, moved from bit `from` to bit `to` of its half and merged over `low`.
+///
+/// # Safety
+/// As [`Simd`]'s; `words` points to a vector.
+#[inline(always)]
+unsafe fn merge<S: Simd>(low: S::I, words: *const i32, bits: u32, from: u32, to: u32) -> S::I {
+    // SAFETY: the caller's contract.
+    unsafe {
+        let words = S::load_i32(words);
+        let mask = S::splat_i32((((1_i32 << bits) - 1) << to) * 0x0001_0001);
+        let moved = if from > to {
+            S::shift_right_16(words, from - to)
+        } else if from < to {
+            S::shift_left_16(words, to - from)
+        } else {
+            words
+        };
+        S::and_or(moved, mask, low)
+    }
+}
+
 /// The codes of rows `2 J` and `2 J + 1` of a block as 16-bit halves, for sixteen outputs.
+///
+/// (No closures here: they would not be inlined into functions with other target features.)
 ///
 /// # Safety
 /// As [`Simd`]'s; `block` holds the block's `16 · BITS` words.
@@ -174,43 +217,23 @@ fn pack_lanes<const BITS: usize>(source: &[[u32; LANES]; BITS]) -> [[u32; LANES]
 pub(crate) unsafe fn pair<S: Simd, const BITS: u32, const J: u32>(block: *const i32) -> S::I {
     // SAFETY: word indices stay below BITS.
     unsafe {
-        let vector = |word: u32| S::load_i32(block.add(word as usize * LANES));
-        let field = |word: u32, bits: u32, at: u32| {
-            let mask = S::splat_i32(((1_i32 << bits) - 1) * 0x0001_0001);
-            match at {
-                0 => S::and(vector(word), mask),
-                at if at + bits == 16 => S::shift_right_16(vector(word), at),
-                at => S::and(S::shift_right_16(vector(word), at), mask),
-            }
-        };
-        // A plane's field moved from bit `from` to bit `to` and merged over the lower planes.
-        let merge = |low: S::I, word: u32, bits: u32, from: u32, to: u32| {
-            let mask = S::splat_i32((((1_i32 << bits) - 1) << to) * 0x0001_0001);
-            let moved = if from > to {
-                S::shift_right_16(vector(word), from - to)
-            } else if from < to {
-                S::shift_left_16(vector(word), to - from)
-            } else {
-                vector(word)
-            };
-            S::and_or(moved, mask, low)
-        };
         match BITS {
-            8 => field(J / 2, 8, 8 * (J % 2)),
+            8 => field::<S>(block, J / 2, 8, 8 * (J % 2)),
             6 => {
-                let low = field(J / 4, 4, 4 * (J % 4));
-                merge(low, 4 + J / 8, 2, 2 * (J % 8), 4)
+                let low = field::<S>(block, J / 4, 4, 4 * (J % 4));
+                let high = block.add((4 + J as usize / 8) * LANES);
+                merge::<S>(low, high, 2, 2 * (J % 8), 4)
             }
             5 => {
-                let low = field(J / 4, 4, 4 * (J % 4));
-                merge(low, 4, 1, J, 4)
+                let low = field::<S>(block, J / 4, 4, 4 * (J % 4));
+                merge::<S>(low, block.add(4 * LANES), 1, J, 4)
             }
-            4 => field(J / 4, 4, 4 * (J % 4)),
+            4 => field::<S>(block, J / 4, 4, 4 * (J % 4)),
             3 => {
-                let low = field(J / 8, 2, 2 * (J % 8));
-                merge(low, 2, 1, J, 2)
+                let low = field::<S>(block, J / 8, 2, 2 * (J % 8));
+                merge::<S>(low, block.add(2 * LANES), 1, J, 2)
             }
-            _ => field(J / 8, 2, 2 * (J % 8)),
+            _ => field::<S>(block, J / 8, 2, 2 * (J % 8)),
         }
     }
 }

@@ -36,6 +36,9 @@ fn halves(lane: i32) -> (i32, i32) {
     (i32::from(lane as i16), lane >> 16)
 }
 
+// The integer operations that the unrolled kernels are made of are calls here: inlined, one
+// kernel came to 300 kB of code and most of the crate's compile time, and was no faster for
+// spilling every array to the stack.
 impl Simd for Portable {
     type F = [f32; LANES];
     type I = [i32; LANES];
@@ -202,21 +205,21 @@ impl Simd for Portable {
     unsafe fn and(a: Self::I, b: Self::I) -> Self::I {
         zip(a, b, |a, b| a & b)
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn and_or(a: Self::I, mask: Self::I, b: Self::I) -> Self::I {
         zip(zip(a, mask, |a, mask| a & mask), b, |a, b| a | b)
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn shift_right_16(a: Self::I, bits: u32) -> Self::I {
         let keep = (0xFFFF_u32 >> bits) * 0x0001_0001;
         map(a, |a| ((a as u32 >> bits) & keep) as i32)
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn shift_left_16(a: Self::I, bits: u32) -> Self::I {
         let keep = ((0xFFFF_u32 << bits) & 0xFFFF) * 0x0001_0001;
         map(a, |a| (((a as u32) << bits) & keep) as i32)
     }
-    #[inline(always)]
+    #[inline(never)]
     unsafe fn dot_16(sum: Self::I, a: Self::I, b: Self::I) -> Self::I {
         let products = zip(a, b, |a, b| {
             let (a_low, a_high) = halves(a);
