@@ -206,10 +206,10 @@ unsafe fn dot_blocks<S: Simd, const BITS: u32>(
             for line in 0..BITS as usize {
                 S::prefetch(codes.cast::<u8>().wrapping_add(PREFETCH_BYTES + line * 64));
             }
-            for_each_pair!(J, {
-                let activations = S::splat_i32(x.add(J as usize).read_unaligned());
-                let sum = &mut sums[J as usize % 4];
-                *sum = S::dot_16(*sum, pair::<S, BITS, J>(codes), activations);
+            for_each_pair!(S, j, {
+                let activations = S::splat_i32(x.add(j as usize).read_unaligned());
+                let sum = &mut sums[j as usize % 4];
+                *sum = S::dot_16(*sum, pair::<S, BITS>(codes, j), activations);
             });
         }
         S::add_i32(S::add_i32(sums[0], sums[1]), S::add_i32(sums[2], sums[3]))
@@ -400,9 +400,9 @@ unsafe fn unpack_segment<S: Simd, const T: usize>(
                 unsafe {
                     let codes = codes.add(block * block_words($bits));
                     let out = out.add(block * PAIRS * T * LANES);
-                    for_each_pair!(J, {
-                        let to = out.add(J as usize * T * LANES);
-                        S::store_i32(to, pair::<S, $bits, J>(codes));
+                    for_each_pair!(S, j, {
+                        let to = out.add(j as usize * T * LANES);
+                        S::store_i32(to, pair::<S, $bits>(codes, j));
                     });
                 }
             }

@@ -207,44 +207,51 @@ unsafe fn merge<S: Simd>(low: S::I, words: *const i32, bits: u32, from: u32, to:
     }
 }
 
-/// The codes of rows `2 J` and `2 J + 1` of a block as 16-bit halves, for sixteen outputs.
+/// The codes of rows `2 j` and `2 j + 1` of a block as 16-bit halves, for sixteen outputs.
 ///
 /// (No closures here: they would not be inlined into functions with other target features.)
 ///
 /// # Safety
 /// As [`Simd`]'s; `block` holds the block's `16 · BITS` words.
 #[inline(always)]
-pub(crate) unsafe fn pair<S: Simd, const BITS: u32, const J: u32>(block: *const i32) -> S::I {
+pub(crate) unsafe fn pair<S: Simd, const BITS: u32>(block: *const i32, j: u32) -> S::I {
     // SAFETY: word indices stay below BITS.
     unsafe {
         match BITS {
-            8 => field::<S>(block, J / 2, 8, 8 * (J % 2)),
+            8 => field::<S>(block, j / 2, 8, 8 * (j % 2)),
             6 => {
-                let low = field::<S>(block, J / 4, 4, 4 * (J % 4));
-                let high = block.add((4 + J as usize / 8) * LANES);
-                merge::<S>(low, high, 2, 2 * (J % 8), 4)
+                let low = field::<S>(block, j / 4, 4, 4 * (j % 4));
+                let high = block.add((4 + j as usize / 8) * LANES);
+                merge::<S>(low, high, 2, 2 * (j % 8), 4)
             }
             5 => {
-                let low = field::<S>(block, J / 4, 4, 4 * (J % 4));
-                merge::<S>(low, block.add(4 * LANES), 1, J, 4)
+                let low = field::<S>(block, j / 4, 4, 4 * (j % 4));
+                merge::<S>(low, block.add(4 * LANES), 1, j, 4)
             }
-            4 => field::<S>(block, J / 4, 4, 4 * (J % 4)),
+            4 => field::<S>(block, j / 4, 4, 4 * (j % 4)),
             3 => {
-                let low = field::<S>(block, J / 8, 2, 2 * (J % 8));
-                merge::<S>(low, block.add(2 * LANES), 1, J, 2)
+                let low = field::<S>(block, j / 8, 2, 2 * (j % 8));
+                merge::<S>(low, block.add(2 * LANES), 1, j, 2)
             }
-            _ => field::<S>(block, J / 8, 2, 2 * (J % 8)),
+            _ => field::<S>(block, j / 8, 2, 2 * (j % 8)),
         }
     }
 }
 
-/// Repeats a block of statements with a constant 0 to 15 in scope: the pairs of a block.
+/// Repeats a block of statements for the pairs 0 to 15 of a block: with constants, which become
+/// immediate shifts, where the level unrolls.
 macro_rules! for_each_pair {
-    ($j:ident, $body:block) => {
-        $crate::pack::for_each_pair!(@ $j, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15)
+    ($level:ty, $j:ident, $body:block) => {
+        if <$level>::UNROLL {
+            $crate::pack::for_each_pair!(@ $j, $body, 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+        } else {
+            for $j in 0..16_u32 {
+                $body
+            }
+        }
     };
     (@ $j:ident, $body:block, $($n:literal)*) => {
-        { $( { const $j: u32 = $n; $body } )* }
+        $( { let $j: u32 = $n; $body } )*
     };
 }
 pub(crate) use for_each_pair;
@@ -258,10 +265,10 @@ mod tests {
     unsafe fn pairs_generic<S: Simd>(bits: u32, block: *const i32, out: *mut i32) {
         macro_rules! unpack {
             ($bits:literal) => {
-                for_each_pair!(J, {
+                for_each_pair!(S, j, {
                     // SAFETY: the test passes a whole block and room for sixteen vectors.
                     unsafe {
-                        S::store_i32(out.add(J as usize * LANES), pair::<S, $bits, J>(block));
+                        S::store_i32(out.add(j as usize * LANES), pair::<S, $bits>(block, j));
                     }
                 })
             };

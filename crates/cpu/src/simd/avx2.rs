@@ -46,6 +46,7 @@ impl Simd for Avx2 {
     type I = I;
     const TILES: usize = 1;
     const ROWS: usize = 4;
+    const UNROLL: bool = true;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> F {

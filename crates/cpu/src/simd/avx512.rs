@@ -24,6 +24,7 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     type I = __m512i;
     const TILES: usize = 2;
     const ROWS: usize = 8;
+    const UNROLL: bool = true;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {

@@ -34,6 +34,9 @@ pub(crate) trait Simd: Copy + 'static {
     const TILES: usize;
     /// Rows that it keeps.
     const ROWS: usize;
+    /// Whether unpacking a block is unrolled, so that shifts are by constants. Not where a vector
+    /// is sixteen scalars: the code would grow by a third of a megabyte.
+    const UNROLL: bool;
 
     /// All lanes `x`.
     unsafe fn splat(x: f32) -> Self::F;

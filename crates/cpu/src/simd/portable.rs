@@ -44,6 +44,7 @@ impl Simd for Portable {
     type I = [i32; LANES];
     const TILES: usize = 1;
     const ROWS: usize = 2;
+    const UNROLL: bool = false;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::F {
