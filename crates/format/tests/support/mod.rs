@@ -167,3 +167,15 @@ pub(crate) fn shared_folder(needed: &str) -> Option<PathBuf> {
     );
     None
 }
+
+#[allow(unused_macros, reason = "not every test file needs every helper")]
+/// Asserts the variant and that the message contains every part.
+macro_rules! assert_error {
+    ($result:expr, $variant:pat, $parts:expr) => {{
+        let error = $result.expect_err("must be refused");
+        assert!(matches!(error, $variant), "another variant: {error:?}");
+        $crate::support::assert_names(&error, &$parts);
+    }};
+}
+#[allow(unused_imports, reason = "as above")]
+pub(crate) use assert_error;
