@@ -7,6 +7,10 @@
 //! of every sum depends on the matrix and on the row's own position alone.
 //!
 //! `unsafe` is confined to the kernels and to handing threads disjoint parts of buffers.
+#![allow(
+    clippy::needless_range_loop,
+    reason = "kernels index several register arrays with constants; iterators hide the shapes"
+)]
 
 mod attention;
 mod bandwidth;
