@@ -66,6 +66,10 @@ pub(crate) struct PlacementArgs {
     #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
     pub(crate) context: Option<u64>,
 
+    /// Most tokens of a prompt that go through the model in one step [default: 512]
+    #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
+    pub(crate) chunk: Option<u64>,
+
     /// Element format of the key/value cache
     #[arg(long, value_enum, default_value_t = CacheKind::Fp16, help_heading = "Placement")]
     pub(crate) cache: CacheKind,

@@ -1,5 +1,6 @@
 //! From the command line's words to a model ready to generate.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,7 +13,8 @@ use oxllama_memory::{
     Bytes, CacheFormat, DeviceId, DeviceInfo, GpuSplit, Inventory, Ledger, Policy,
 };
 use oxllama_model::{
-    Decoder, LoadOptions, ModelPlan, ModelRequest, ModelSpec, RopeOverrides, Runner, plan_model,
+    Decoder, LoadOptions, ModelError, ModelPlan, ModelRequest, ModelSpec, RopeOverrides, Runner,
+    plan_model,
 };
 use oxllama_text::Tokenizer;
 
@@ -120,8 +122,7 @@ pub(crate) struct Opened {
 pub(crate) fn open(model: &str, placement: Option<&PlacementArgs>) -> Result<Opened> {
     let path = resolve::model_path(model)?;
     let source = ModelSource::open(&path)?;
-    let mut spec = ModelSpec::from_config(source.config())
-        .with_context(|| format!("cannot load {}", path.display()))?;
+    let mut spec = ModelSpec::from_config(source.config()).with_context(|| cannot_load(&path))?;
     if let Some(placement) = placement {
         spec = spec.with_rope_overrides(RopeOverrides {
             scale: placement.rope_scale,
@@ -133,11 +134,12 @@ pub(crate) fn open(model: &str, placement: Option<&PlacementArgs>) -> Result<Ope
 }
 
 pub(crate) fn request(placement: &PlacementArgs, size: StepSize) -> ModelRequest {
+    let chunk_tokens = placement.chunk.unwrap_or(size.chunk_tokens);
     ModelRequest {
         context_tokens: placement.context,
         batch: size.batch,
-        chunk_tokens: size.chunk_tokens,
-        logit_rows: size.logit_rows,
+        chunk_tokens,
+        logit_rows: size.logit_rows.min(chunk_tokens),
         cache: match placement.cache {
             CacheKind::Fp16 => CacheFormat::F16,
             CacheKind::Fp32 => CacheFormat::F32,
@@ -176,7 +178,27 @@ pub(crate) fn plan(
             &request,
         ),
     };
-    Ok(plan?)
+    plan.map_err(|error| name_files(error, source))
+}
+
+/// Errors about what several files say together name only tensors: adds where those are.
+pub(crate) fn name_files(error: ModelError, source: &ModelSource) -> anyhow::Error {
+    let is_about_files = matches!(
+        error,
+        ModelError::Contradiction { .. }
+            | ModelError::MissingWeight { .. }
+            | ModelError::UnexpectedWeight { .. }
+    );
+    let error = anyhow::Error::new(error);
+    if is_about_files {
+        error.context(cannot_load(source.path()))
+    } else {
+        error
+    }
+}
+
+fn cannot_load(path: &Path) -> String {
+    format!("cannot load {}", path.display())
 }
 
 /// Loads `opened` as `plan` says.
@@ -213,12 +235,13 @@ fn load_on<D: Device>(
 }
 
 pub(crate) fn tokenizer(source: &ModelSource) -> Result<Tokenizer> {
-    Ok(Tokenizer::new(
+    Tokenizer::new(
         &source.tokenizer_json()?,
         source.tokenizer_config(),
         source.config(),
         source.generation_config(),
-    )?)
+    )
+    .with_context(|| cannot_load(source.path()))
 }
 
 /// A model ready to generate.

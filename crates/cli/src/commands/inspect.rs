@@ -45,7 +45,8 @@ struct Linear<'a> {
 
 pub(crate) fn run(args: &InspectArgs) -> Result<ExitCode> {
     let opened = session::open(&args.model, None)?;
-    let inspection = inspect(&opened.source, &opened.spec)?;
+    let inspection = inspect(&opened.source, &opened.spec)
+        .map_err(|error| session::name_files(error, &opened.source))?;
     if args.json {
         output::json(&answer(&opened.spec, &inspection))?;
     } else {
