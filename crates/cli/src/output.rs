@@ -24,10 +24,9 @@ pub(crate) fn json<T: Serialize>(value: &T) -> Result<()> {
     line(serde_json::to_string_pretty(value)?)
 }
 
-/// A note to the user on standard error.
-#[expect(clippy::print_stderr, reason = "the one place that writes notes")]
+/// A note to the user on standard error. When nobody reads that, the note is dropped.
 pub(crate) fn note(note: impl std::fmt::Display) {
-    eprintln!("{note}");
+    let _ = writeln!(io::stderr().lock(), "{note}");
 }
 
 /// An error with its causes, on standard error.

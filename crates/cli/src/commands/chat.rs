@@ -67,15 +67,18 @@ fn read_message(editor: &mut DefaultEditor) -> Result<Option<String>> {
     loop {
         let prompt = if message.is_empty() { "> " } else { ". " };
         match editor.readline(prompt) {
-            Ok(line) => {
-                message.push_str(line.trim_end_matches('\\'));
-                if line.ends_with('\\') {
+            Ok(line) => match line.strip_suffix('\\') {
+                Some(line) => {
+                    message.push_str(line);
                     message.push('\n');
                     continue;
                 }
-            }
+                None => message.push_str(&line),
+            },
             Err(ReadlineError::Interrupted) => message.clear(),
-            Err(ReadlineError::Eof) => return Ok(None),
+            Err(ReadlineError::Eof) if message.trim().is_empty() => return Ok(None),
+            // What was begun is a message still; the end of input is met again after it.
+            Err(ReadlineError::Eof) => {}
             Err(error) => return Err(error.into()),
         }
         if !message.trim().is_empty() {

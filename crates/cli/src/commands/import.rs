@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use oxllama_format::import;
 use oxllama_memory::Bytes;
 
@@ -10,6 +10,12 @@ use crate::args::ImportArgs;
 use crate::output;
 
 pub(crate) fn run(args: &ImportArgs) -> Result<ExitCode> {
+    if args.file.is_dir() {
+        bail!(
+            "{} is a directory: expected a .gguf file (a Hugging Face directory needs no import)",
+            args.file.display()
+        );
+    }
     let bar = output::byte_bar("converting to fp16", 0);
     let summary = import::import_gguf(&args.file, &args.out_dir, &mut |done, total| {
         bar.set_length(total);
