@@ -3,9 +3,9 @@
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
 use std::ffi::OsStr;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use tempfile::TempDir;
@@ -87,6 +87,12 @@ impl Oxllama {
         self
     }
 
+    /// The same for bytes that are no text.
+    pub(crate) fn stdin_bytes(mut self, bytes: &[u8]) -> Self {
+        self.stdin = bytes.into();
+        self
+    }
+
     /// A path in the home.
     pub(crate) fn path(&self, relative: impl AsRef<Path>) -> PathBuf {
         self.home.path().join(relative)
@@ -94,6 +100,30 @@ impl Oxllama {
 
     /// Runs the command to its end.
     pub(crate) fn run(&mut self) -> Output {
+        let child = self.spawn();
+        Output::new(child.wait_with_output().expect("the binary ends"))
+    }
+
+    /// The same, with a reader of standard output that goes away after `bytes` bytes.
+    pub(crate) fn run_reading(&mut self, bytes: usize) -> Output {
+        let mut child = self.spawn();
+        let mut read = vec![0; bytes];
+        let mut pipe = child.stdout.take().expect("a pipe");
+        pipe.read_exact(&mut read).expect("that much output");
+        drop(pipe);
+        let mut output = Output::new(child.wait_with_output().expect("the binary ends"));
+        output.stdout = String::from_utf8_lossy(&read).into_owned();
+        output
+    }
+
+    /// The same, with nobody to read standard error.
+    pub(crate) fn run_without_stderr(&mut self) -> Output {
+        let mut child = self.spawn();
+        drop(child.stderr.take());
+        Output::new(child.wait_with_output().expect("the binary ends"))
+    }
+
+    fn spawn(&mut self) -> Child {
         self.command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -102,17 +132,19 @@ impl Oxllama {
         let mut pipe = child.stdin.take().expect("a pipe");
         // A command that reads no input may end before it is written.
         let _ = pipe.write_all(&self.stdin);
-        drop(pipe);
-        let output = child.wait_with_output().expect("the binary ends");
-        Output {
+        child
+    }
+}
+
+impl Output {
+    fn new(output: std::process::Output) -> Self {
+        Self {
             code: output.status.code().unwrap_or(-1),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         }
     }
-}
 
-impl Output {
     /// The command succeeded.
     #[track_caller]
     pub(crate) fn succeeded(self) -> Self {
