@@ -243,7 +243,7 @@ fn breaking_off_ends_the_job_and_the_next_one_runs() {
     let (completion, _) = generator
         .run(&job(&PROMPT, 10), &mut |_| ControlFlow::Break(()))
         .unwrap();
-    assert_eq!(completion.token_ids, []);
+    assert!(completion.token_ids.is_empty());
     assert_eq!(completion.finish_reason, FinishReason::Stop);
     let next = run(&mut generator, &job(&PROMPT, 10));
     assert_eq!(next.timings.cached_tokens, 4);
