@@ -92,11 +92,21 @@ pub(crate) struct PlacementArgs {
     pub(crate) virtual_devices: Option<VirtualDevices>,
 
     /// Stretch rotary positions linearly by this factor
-    #[arg(long, value_name = "FACTOR", help_heading = "Placement")]
+    #[arg(
+        long,
+        value_name = "FACTOR",
+        allow_negative_numbers = true,
+        help_heading = "Placement"
+    )]
     pub(crate) rope_scale: Option<f64>,
 
     /// Raise the rotary base for longer contexts (NTK alpha, as in ExLlamaV2)
-    #[arg(long, value_name = "ALPHA", help_heading = "Placement")]
+    #[arg(
+        long,
+        value_name = "ALPHA",
+        allow_negative_numbers = true,
+        help_heading = "Placement"
+    )]
     pub(crate) rope_alpha: Option<f64>,
 }
 
@@ -136,6 +146,7 @@ pub(crate) struct SamplingArgs {
     #[arg(
         long,
         value_name = "T",
+        allow_negative_numbers = true,
         help_heading = "Sampling",
         conflicts_with = "greedy"
     )]
@@ -154,6 +165,7 @@ pub(crate) struct SamplingArgs {
     #[arg(
         long,
         value_name = "P",
+        allow_negative_numbers = true,
         help_heading = "Sampling",
         conflicts_with = "greedy"
     )]
@@ -163,6 +175,7 @@ pub(crate) struct SamplingArgs {
     #[arg(
         long,
         value_name = "P",
+        allow_negative_numbers = true,
         help_heading = "Sampling",
         conflicts_with = "greedy"
     )]
@@ -172,6 +185,7 @@ pub(crate) struct SamplingArgs {
     #[arg(
         long,
         value_name = "R",
+        allow_negative_numbers = true,
         help_heading = "Sampling",
         conflicts_with = "greedy"
     )]

@@ -124,11 +124,13 @@ pub(crate) fn open(model: &str, placement: Option<&PlacementArgs>) -> Result<Ope
     let source = ModelSource::open(&path)?;
     let mut spec = ModelSpec::from_config(source.config()).with_context(|| cannot_load(&path))?;
     if let Some(placement) = placement {
-        spec = spec.with_rope_overrides(RopeOverrides {
-            scale: placement.rope_scale,
-            alpha: placement.rope_alpha,
-            ..RopeOverrides::default()
-        })?;
+        spec = spec
+            .with_rope_overrides(RopeOverrides {
+                scale: placement.rope_scale,
+                alpha: placement.rope_alpha,
+                ..RopeOverrides::default()
+            })
+            .context("--rope-scale and --rope-alpha do not fit the model")?;
     }
     Ok(Opened { source, spec })
 }

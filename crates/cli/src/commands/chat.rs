@@ -79,7 +79,9 @@ fn read_message(editor: &mut DefaultEditor) -> Result<Option<String>> {
             Err(ReadlineError::Eof) if message.trim().is_empty() => return Ok(None),
             // What was begun is a message still; the end of input is met again after it.
             Err(ReadlineError::Eof) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => {
+                return Err(error).context("cannot read the next message: expected UTF-8 text");
+            }
         }
         if !message.trim().is_empty() {
             // History is a convenience: a terminal without it still chats.

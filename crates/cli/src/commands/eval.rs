@@ -18,7 +18,7 @@ const CHUNK_TOKENS: u64 = 256;
 
 pub(crate) fn run(args: &EvalArgs) -> Result<ExitCode> {
     let text = fs::read_to_string(&args.text)
-        .with_context(|| format!("cannot read {}", args.text.display()))?;
+        .with_context(|| format!("cannot read {} as UTF-8 text", args.text.display()))?;
     let placement = &args.model.placement;
     let host = Host::new(placement)?;
     let context = args.model.placement.context.unwrap_or(args.length as u64);

@@ -147,3 +147,13 @@ fn a_template_that_raises_is_reported_and_the_chat_goes_on() {
     assert!(output.stderr.contains("not that word"), "{output:?}");
     assert_eq!(prompt_tokens(&output).len(), 1);
 }
+
+#[test]
+fn input_that_is_not_utf8_is_refused() {
+    Oxllama::new()
+        .arg("chat")
+        .arg(tiny("llama"))
+        .stdin_bytes(b"a\xff\xfe\nhi\n")
+        .run()
+        .failed_with(&["cannot read the next message", "UTF-8"]);
+}

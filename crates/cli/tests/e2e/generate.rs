@@ -390,9 +390,31 @@ fn sampling_settings_out_of_range_are_named() {
         (["--repetition-penalty", "0"], "repetition_penalty is 0"),
     ];
     for ([option, value], message) in cases {
-        let option = format!("{option}={value}");
-        run(&["--prompt", "hi", &option]).failed_with(&[message, "expected"]);
+        run(&["--prompt", "hi", option, value]).failed_with(&[message, "expected"]);
     }
+}
+
+#[test]
+fn absurd_sizes_are_refused_by_name() {
+    let largest = u64::MAX.to_string();
+    let cases: [(&[&str], &str); 6] = [
+        (&["--context", &largest], "at most 512"),
+        (&["--context", "0"], "the context is 0"),
+        (&["--chunk", "0"], "0 tokens in its largest step"),
+        (&["--chunk", &largest], "tokens in its largest step"),
+        (&["--rope-scale", "0"], "`rope_scale`: found 0"),
+        (&["--rope-alpha", "-1"], "--rope-alpha"),
+    ];
+    for (case, message) in cases {
+        run(&[&["--prompt", "hi"], case].concat()).failed_with(&[message]);
+    }
+    // More than there are of these is all there are.
+    let answer = generate(
+        &tiny("llama"),
+        PROMPT,
+        &["--greedy", "-n", "1", "--logprobs", "4000000000"],
+    );
+    assert_eq!(answer["logprobs"][0]["top"].as_array().unwrap().len(), 380);
 }
 
 #[test]

@@ -74,7 +74,7 @@ fn models_that_differ_are_measured_against_each_other() {
 }
 
 #[test]
-fn eval_refuses_texts_that_are_too_short() {
+fn eval_refuses_texts_that_are_too_short_or_none() {
     let arguments = ["--rows", "100", "--length", "64"];
     eval(&tiny("llama"), &arguments).failed_with(&["100 rows of 64", "longer text"]);
     eval(&tiny("llama"), &["--rows", "1", "--length", "1"]).failed_with(&["at least 2 tokens"]);
@@ -84,6 +84,13 @@ fn eval_refuses_texts_that_are_too_short() {
         .args(["--text", "no-such-file.txt"])
         .run()
         .failed_with(&["no-such-file.txt"]);
+    Oxllama::new()
+        .arg("eval")
+        .arg(tiny("llama"))
+        .arg("--text")
+        .arg(tiny("llama"))
+        .run()
+        .failed_with(&["llama.gguf as UTF-8 text"]);
 }
 
 #[test]
