@@ -123,6 +123,19 @@ impl Oxllama {
         Output::new(child.wait_with_output().expect("the binary ends"))
     }
 
+    /// The same, with Control-C pressed as soon as something is written.
+    #[cfg(unix)]
+    pub(crate) fn run_interrupted(&mut self) -> Output {
+        let mut child = self.spawn();
+        let mut first = [0];
+        let pipe = child.stdout.as_mut().expect("a pipe");
+        pipe.read_exact(&mut first).expect("some output");
+        let process = child.id().to_string();
+        let kill = Command::new("kill").args(["-INT", &process]).status();
+        assert!(kill.expect("kill is there").success());
+        Output::new(child.wait_with_output().expect("the binary ends"))
+    }
+
     fn spawn(&mut self) -> Child {
         self.command
             .stdin(Stdio::piped())

@@ -1,7 +1,7 @@
 //! Readers that go away: `oxllama … | head -c 10` is no error.
 
 use crate::common::Oxllama;
-use crate::support::tiny;
+use crate::support::{shared, tiny};
 
 fn oxllama(command: &[&str]) -> Oxllama {
     Oxllama::new().args(command).arg(tiny("llama"))
@@ -47,6 +47,23 @@ fn notes_that_nobody_reads_are_dropped() {
     // An error too: the exit code says it.
     let output = oxllama(&["generate", "--prompt", "hello", "--context", "1"]).run_without_stderr();
     assert_eq!(output.code, 1);
+}
+
+#[cfg(unix)]
+#[test]
+fn control_c_ends_an_answer_and_not_the_program() {
+    let Some(model) = shared("models/smollm2-135m-exl2-4.0bpw") else {
+        return;
+    };
+    // 97 tokens if nobody interrupts.
+    let output = Oxllama::new()
+        .arg("generate")
+        .arg(model)
+        .args(["--prompt", "Once upon a time,", "--greedy", "-n", "500"])
+        .args(["--context", "1024"])
+        .run_interrupted()
+        .succeeded();
+    assert!(output.stderr.contains("prompt tokens in"), "{output:?}");
 }
 
 #[test]
