@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use oxllama_engine::SamplingSettings;
+use oxllama_text::StopMatcher;
 use serde_json::Value;
 
 use crate::args::SamplingArgs;
@@ -26,6 +27,13 @@ pub(crate) fn settings(
     };
     settings.check()?;
     Ok(settings)
+}
+
+/// Refuses options that no model's defaults could make right, before a model is loaded for them.
+pub(crate) fn check(args: &SamplingArgs) -> Result<()> {
+    settings(args, None)?;
+    StopMatcher::new(&args.stop)?;
+    Ok(())
 }
 
 /// The seed asked for, or one that differs from run to run.

@@ -26,6 +26,7 @@ const HELP: &str = "\
 Control-C stops an answer. End a line with \\ to go on writing on the next.";
 
 pub(crate) fn run(args: ChatArgs) -> Result<ExitCode> {
+    sampling::check(&args.sampling)?;
     let mut session = Session::start(&args.model, StepSize::ONE_JOB)?;
     let source = &session.opened.source;
     let template = ChatTemplate::from_config(

@@ -15,6 +15,7 @@ use crate::{interrupt, output, sampling};
 
 pub(crate) fn run(args: GenerateArgs) -> Result<ExitCode> {
     let prompt = read_prompt(&args.prompt)?;
+    sampling::check(&args.sampling)?;
     let mut session = Session::start(&args.model, StepSize::ONE_JOB)?;
     let prompt_ids = encode(&args, &prompt, &session)?;
     let job = Job {
