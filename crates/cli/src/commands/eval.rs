@@ -13,8 +13,8 @@ use crate::args::{EvalArgs, PlacementArgs};
 use crate::output;
 use crate::session::{self, Host, Opened, StepSize};
 
-/// Logits of this many rows are held at a time.
-const CHUNK_TOKENS: u64 = 256;
+/// Logits of this many rows are held at a time, on the device and as two copies on the host.
+const CHUNK_TOKENS: u64 = 64;
 
 pub(crate) fn run(args: &EvalArgs) -> Result<ExitCode> {
     let text = fs::read_to_string(&args.text)
