@@ -183,7 +183,7 @@ unsafe fn accumulate<S: Simd>(
 }
 
 /// Bytes ahead of the stream that are asked for. Measured on two cores of a server processor, share
-/// of the read bandwidth in decode: 512 bytes 60%, 2 KiB 64%, 6 KiB 72%, 12 KiB 70%, 24 KiB 66%.
+/// of the read bandwidth in decode: 512 bytes 60%, 2 KiB 63%, 6 KiB 71%, 12 KiB 70%, 24 KiB 66%.
 const PREFETCH_BYTES: usize = 6144;
 
 /// Σ code · activation over `blocks` blocks for sixteen outputs, from `initial` on.
