@@ -75,6 +75,33 @@ impl HostBuffer {
         let whole = bytes.len() / size_of::<T>() * size_of::<T>();
         bytemuck::cast_slice_mut(&mut bytes[..whole])
     }
+
+    /// `out[i, :] = self[rows[i], :]`, f32 `[_, width]`.
+    ///
+    /// # Panics
+    /// If a row or the output lies outside its buffer: a caller's mistake.
+    pub fn gather_rows(&self, rows: &[u32], width: usize, out: &mut HostBuffer) {
+        let x = self.as_slice::<f32>();
+        let out = &mut out.as_mut_slice::<f32>()[..rows.len() * width];
+        for (&row, out) in rows.iter().zip(out.chunks_exact_mut(width)) {
+            out.copy_from_slice(&x[row as usize * width..][..width]);
+        }
+    }
+
+    /// `out[rows[i], :] += scale · self[i, :]`, f32 `[_, width]`.
+    ///
+    /// # Panics
+    /// As [`Self::gather_rows`].
+    pub fn scatter_add_rows(&self, rows: &[u32], scale: f32, width: usize, out: &mut HostBuffer) {
+        let x = &self.as_slice::<f32>()[..rows.len() * width];
+        let out = out.as_mut_slice::<f32>();
+        for (&row, x) in rows.iter().zip(x.chunks_exact(width)) {
+            let out = &mut out[row as usize * width..][..width];
+            for (out, x) in out.iter_mut().zip(x) {
+                *out += scale * x;
+            }
+        }
+    }
 }
 
 #[cfg(test)]

@@ -414,6 +414,20 @@ pub trait ElementwiseOps: StepOps {
         out: &mut Self::Buffer,
     ) -> Result<(), DeviceError>;
 
+    /// `out[rows[i], :] += scale · x[i, :]`, f32 `[_, width]`: the way back of
+    /// [`Self::gather_rows`]. No row is named twice.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn scatter_add_rows(
+        &self,
+        x: &Self::Buffer,
+        rows: &[u32],
+        scale: f32,
+        width: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), DeviceError>;
+
     /// Finishes logits f32 `[rows, width]` in place: multiplies by `scale`, then caps as
     /// `c · tanh(x / c)`, then sets columns from `vocab_size` on (padding) to −∞.
     ///

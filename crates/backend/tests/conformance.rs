@@ -35,6 +35,7 @@ fn every_fault_is_found_and_nothing_else() {
         name.starts_with("norm Rms")
             || (name.starts_with("embed ") && name.ends_with("scale 7.25"))
             || name.starts_with("logits 67 of 96")
+            || name.starts_with("scatter and add rows")
             || (name.starts_with("gated linear ") && name.ends_with("GeluErf"))
             || name.starts_with("attention window ")
             || name.starts_with("row independence: linear ")

@@ -398,11 +398,19 @@ impl ElementwiseOps for CpuDevice {
         width: usize,
         out: &mut HostBuffer,
     ) -> Result<(), DeviceError> {
-        let x = x.as_slice::<f32>();
-        let out = out.as_mut_slice::<f32>();
-        for (to, &row) in out.chunks_exact_mut(width).zip(rows) {
-            to.copy_from_slice(&x[row as usize * width..][..width]);
-        }
+        x.gather_rows(rows, width, out);
+        Ok(())
+    }
+
+    fn scatter_add_rows(
+        &self,
+        x: &HostBuffer,
+        rows: &[u32],
+        scale: f32,
+        width: usize,
+        out: &mut HostBuffer,
+    ) -> Result<(), DeviceError> {
+        x.scatter_add_rows(rows, scale, width, out);
         Ok(())
     }
 

@@ -32,6 +32,11 @@ pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), Conformance
         let name = format!("gather rows, {rows} of {width}");
         let mut random = Random::for_case(&name);
         suite.case(name, 0.0, |bench| gather(bench, rows, width, &mut random))?;
+        let name = format!("scatter and add rows, {rows} of {width}");
+        let mut random = Random::for_case(&name);
+        suite.case(name, tolerance, |bench| {
+            scatter_add(bench, rows, width, &mut random)
+        })?;
     }
     for (scale, softcap) in [
         (1.0, None),
@@ -283,6 +288,40 @@ fn gather<D: Device>(
         .collect();
     let found = bench.read(&out, expected.len())?;
     Ok(differing_bits(&found, &expected))
+}
+
+/// Adds to every other row; the rows between must keep their bits.
+fn scatter_add<D: Device>(
+    bench: &Bench<'_, D>,
+    rows: usize,
+    width: usize,
+    random: &mut Random,
+) -> Result<f64, CaseError> {
+    let scale = -1.75;
+    let old = random.activations(rows * width);
+    let wanted: Vec<u32> = (0..rows as u32).step_by(2).rev().collect();
+    let x = random.activations(wanted.len() * width);
+    let mut out = bench.upload(&old)?;
+    bench
+        .device
+        .scatter_add_rows(&bench.upload(&x)?, &wanted, scale, width, &mut out)?;
+    let found = bench.read(&out, old.len())?;
+    let mut worst = 0.0_f64;
+    for (row, (found, old)) in found
+        .chunks_exact(width)
+        .zip(old.chunks_exact(width))
+        .enumerate()
+    {
+        let Some(from) = wanted.iter().position(|&wanted| wanted as usize == row) else {
+            worst = worst.max(differing_bits(found, old));
+            continue;
+        };
+        let x = &x[from * width..][..width];
+        let sum = |(&old, &x): (&f32, &f32)| f64::from(old) + f64::from(scale) * f64::from(x);
+        let expected: Vec<f64> = old.iter().zip(x).map(sum).collect();
+        worst = worst.max(oracle::worst_error(found, &expected, width));
+    }
+    Ok(worst)
 }
 
 fn finish_logits<D: Device>(

@@ -79,11 +79,19 @@ impl ElementwiseOps for ReferenceDevice {
         width: usize,
         out: &mut HostBuffer,
     ) -> Result<(), DeviceError> {
-        let x = x.as_slice::<f32>();
-        let out_rows = out.as_mut_slice::<f32>().chunks_exact_mut(width);
-        for (&row, out) in rows.iter().zip(out_rows) {
-            out.copy_from_slice(&x[row as usize * width..][..width]);
-        }
+        x.gather_rows(rows, width, out);
+        Ok(())
+    }
+
+    fn scatter_add_rows(
+        &self,
+        x: &HostBuffer,
+        rows: &[u32],
+        scale: f32,
+        width: usize,
+        out: &mut HostBuffer,
+    ) -> Result<(), DeviceError> {
+        x.scatter_add_rows(rows, scale, width, out);
         Ok(())
     }
 

@@ -183,6 +183,18 @@ impl ElementwiseOps for FaultyDevice {
         self.0.gather_rows(x, rows, width, out)
     }
 
+    /// Forgets the scale.
+    fn scatter_add_rows(
+        &self,
+        x: &HostBuffer,
+        rows: &[u32],
+        _scale: f32,
+        width: usize,
+        out: &mut HostBuffer,
+    ) -> Result {
+        self.0.scatter_add_rows(x, rows, 1.0, width, out)
+    }
+
     /// Leaves the padding unmasked.
     fn finish_logits(&self, logits: &mut HostBuffer, args: LogitArgs) -> Result {
         let vocab_size = args.width;
