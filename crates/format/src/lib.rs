@@ -12,6 +12,7 @@ pub mod gguf;
 mod host_memory;
 pub mod import;
 mod linear;
+mod lora;
 mod memory_source;
 mod mmap;
 mod model_source;
@@ -30,6 +31,7 @@ pub use linear::{
     EXL2_BITS, Encoding, Exl2Group, Exl2Layout, Exl2Linear, Exl2Tensors, FloatLinear, GptqConfig,
     GptqLinear, LinearHeader, LinearSource, ScaledF16,
 };
+pub use lora::{AdapterModule, AdapterSource};
 pub use memory_source::MemoryTensors;
 pub use model_source::ModelSource;
 pub use safetensors::{

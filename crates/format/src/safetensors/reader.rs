@@ -68,7 +68,7 @@ impl SafetensorsDir {
     }
 
     /// Reads the headers of the given files; `directory` is used in errors.
-    fn open_files(directory: &Path, paths: &[PathBuf]) -> Result<Self, FormatError> {
+    pub(crate) fn open_files(directory: &Path, paths: &[PathBuf]) -> Result<Self, FormatError> {
         let mut merged = SafetensorsDir {
             directory: directory.to_path_buf(),
             shards: Vec::with_capacity(paths.len()),
@@ -133,6 +133,17 @@ impl SafetensorsDir {
     /// Bytes of all its safetensors files, headers included.
     pub fn stored_bytes(&self) -> u64 {
         self.shards.iter().map(|shard| shard.file_bytes).sum()
+    }
+
+    /// Whether every tensor has an element type that is read here.
+    ///
+    /// # Errors
+    /// The first that has another.
+    pub(crate) fn check_readable(&self) -> Result<(), FormatError> {
+        match self.unreadable.keys().next() {
+            Some(name) => Err(self.absent(name)),
+            None => Ok(()),
+        }
     }
 
     /// The error for a name that [`TensorSource::info`] does not know.
