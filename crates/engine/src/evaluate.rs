@@ -184,6 +184,7 @@ fn run_chunk<'r>(
         page_tables: (0..pages).collect(),
         pages_per_sequence: pages as usize,
         logit_rows: (0..rows).collect(),
+        ..StepPlan::default()
     };
     Ok(runner.run(&step)?)
 }

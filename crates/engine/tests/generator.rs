@@ -120,6 +120,7 @@ fn greedy_tokens_are_the_runners_best() {
             page_tables: vec![0; expected.len().div_ceil(PAGE_TOKENS)],
             pages_per_sequence: expected.len().div_ceil(PAGE_TOKENS),
             logit_rows: vec![rows - 1],
+            ..StepPlan::default()
         };
         let logits = runner.run(&step).unwrap();
         let best = (0..logits.len())

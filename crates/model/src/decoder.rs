@@ -7,10 +7,12 @@ use oxllama_backend::{
     AttentionArgs, Device, GatedLinear, HeadNorm, KvLayer, LinearOutput, LogitArgs, Norm,
     NormLinears, Rope, Store,
 };
+use oxllama_format::AdapterSource;
 
+use crate::lora::{AdaptedLayer, Adapters, Slot};
 use crate::stage::Activations;
 use crate::weights::{LayerLinears, LayerNorms};
-use crate::{LayerSpec, ModelError, ModelSpec, Runner, RunnerLimits, StepPlan};
+use crate::{AdapterId, LayerSpec, ModelError, ModelSpec, Runner, RunnerLimits, StepPlan};
 
 /// One layer on its device.
 pub(crate) struct Layer<D: Device> {
@@ -49,6 +51,7 @@ pub struct Decoder<D: Device> {
     stages: Vec<Stage<D>>,
     /// Stored out_features of the head.
     head_width: usize,
+    adapters: Adapters<D>,
     /// `[max_logit_rows, head_width]` as the device gives them.
     raw_logits: Vec<u8>,
     /// `[max_logit_rows, vocab_size]`
@@ -62,6 +65,7 @@ impl<D: Device> Decoder<D> {
         ropes: Vec<Rope>,
         stages: Vec<Stage<D>>,
         head_width: usize,
+        adapters: Adapters<D>,
     ) -> Self {
         let rows = limits.max_logit_rows;
         Self {
@@ -72,6 +76,7 @@ impl<D: Device> Decoder<D> {
             ropes,
             stages,
             head_width,
+            adapters,
         }
     }
 
@@ -104,10 +109,11 @@ impl<D: Device> Decoder<D> {
                 // Loading puts the embedding on the first device.
                 (None, None) => {}
             }
-            for layer in &mut stage.layers {
+            for (place, layer) in stage.layers.iter_mut().enumerate() {
                 let mut pass = LayerPass {
                     spec: &self.spec,
                     device: &stage.device,
+                    adapted: self.adapters.layer(&stage.device, index, place),
                     activations: &mut stage.activations,
                     workspace: &mut stage.workspace,
                     rows,
@@ -185,11 +191,25 @@ impl<D: Device> Runner for Decoder<D> {
 
     fn run(&mut self, step: &StepPlan) -> Result<&[f32], ModelError> {
         step.check(&self.limits, self.spec.vocab_size)?;
+        self.adapters.begin_step(step)?;
         self.forward(step)?;
         if step.logit_rows.is_empty() {
             return Ok(&[]);
         }
         self.make_logits(&step.logit_rows)
+    }
+
+    fn load_adapter(
+        &mut self,
+        source: &AdapterSource,
+        scale: f32,
+    ) -> Result<AdapterId, ModelError> {
+        let model = (&self.spec, &self.limits, &self.stages[..]);
+        self.adapters.load(source, scale, model)
+    }
+
+    fn unload_adapter(&mut self, id: AdapterId) -> Result<(), ModelError> {
+        self.adapters.unload(id)
     }
 }
 
@@ -197,6 +217,8 @@ impl<D: Device> Runner for Decoder<D> {
 struct LayerPass<'a, D: Device> {
     spec: &'a ModelSpec,
     device: &'a D,
+    /// The layer's linears, with what adapters add to them.
+    adapted: AdaptedLayer<'a, D>,
     activations: &'a mut Activations<D::Buffer>,
     workspace: &'a mut D::Workspace,
     rows: usize,
@@ -219,8 +241,9 @@ impl<D: Device> LayerPass<'_, D> {
             weights: &*layer.linears.output,
             out,
         };
-        self.device
-            .linear(x, output, store, self.rows, self.workspace)?;
+        let place = (Slot::Output, self.rows);
+        self.adapted
+            .linear(place, x, output, store, self.workspace)?;
         self.add_normed_branch(layer.norms.post_attention.as_ref())?;
         if let Some(norm) = &layer.norms.mlp {
             self.project_mlp(layer, norm)?;
@@ -238,7 +261,7 @@ impl<D: Device> LayerPass<'_, D> {
             store,
             rows: self.rows,
         };
-        self.device.gated_linear(args, self.workspace)?;
+        self.adapted.gated_linear(args, self.workspace)?;
         self.add_normed_branch(layer.norms.post_mlp.as_ref())
     }
 
@@ -265,18 +288,20 @@ impl<D: Device> LayerPass<'_, D> {
             weights: &**weights,
             out,
         });
-        let linears = match layer.norms.mlp {
-            Some(_) => &mut linears[..3],
-            None => &mut linears[..],
+        let slots = [Slot::Query, Slot::Key, Slot::Value, Slot::Gate, Slot::Up];
+        let count = match layer.norms.mlp {
+            Some(_) => 3,
+            None => slots.len(),
         };
         let args = NormLinears {
             norm: Some(&layer.norms.attention),
             x: &activations.hidden,
             normed: &mut activations.normed,
-            linears,
+            linears: &mut linears[..count],
             rows: self.rows,
         };
-        Ok(self.device.norm_linears(args, self.workspace)?)
+        let slots = &slots[..count];
+        self.adapted.norm_linears(slots, args, self.workspace)
     }
 
     fn attend(&mut self, layer: &mut Layer<D>) -> Result<(), ModelError> {
@@ -318,7 +343,8 @@ impl<D: Device> LayerPass<'_, D> {
             linears: &mut linears,
             rows: self.rows,
         };
-        Ok(self.device.norm_linears(args, self.workspace)?)
+        let slots = [Slot::Gate, Slot::Up];
+        self.adapted.norm_linears(&slots, args, self.workspace)
     }
 
     /// `hidden += scale · norm(branch)`, where the branch has a norm of its own; without one

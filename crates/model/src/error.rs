@@ -181,6 +181,55 @@ pub enum ModelError {
         pages: usize,
     },
 
+    /// An adapter changes a part of the model that adapters cannot change here.
+    #[error(
+        "adapter module `{module}` {reason}: expected model.layers.N, N below {layers}, and one \
+         of {}; this adapter is for another model or has to be merged into its own",
+        known.join(", ")
+    )]
+    AdapterModule {
+        /// The module's name in the adapter.
+        module: String,
+        /// What is wrong with it.
+        reason: String,
+        /// Layers of the model.
+        layers: usize,
+        /// Every linear of a layer that adapters may change.
+        known: Vec<&'static str>,
+    },
+
+    /// An adapter was made for a model of other extents.
+    #[error(
+        "adapter module `{module}` has {what} {found}: expected {expected}; this adapter is for \
+         another model"
+    )]
+    AdapterShape {
+        /// The module's name in the adapter.
+        module: String,
+        /// Which extent.
+        what: &'static str,
+        /// The adapter's value.
+        found: usize,
+        /// The model's.
+        expected: String,
+    },
+
+    /// A factor for an adapter that is not a number.
+    #[error("an adapter is to be scaled by {found}: expected a finite number")]
+    AdapterScale {
+        /// The factor asked for.
+        found: f32,
+    },
+
+    /// An adapter that is not loaded.
+    #[error("adapter {found} is not loaded: expected one of {loaded:?}")]
+    UnknownAdapter {
+        /// The adapter asked for.
+        found: u32,
+        /// Those that are loaded.
+        loaded: Vec<u32>,
+    },
+
     /// A device failed or refused.
     #[error(transparent)]
     Device(Box<DeviceError>),

@@ -12,6 +12,7 @@ use oxllama_memory::{Bytes, DevicePlan, DeviceReservations, DeviceRole, Ledger, 
 use rayon::prelude::*;
 
 use crate::decoder::{Decoder, Head, Layer, Stage};
+use crate::lora::Adapters;
 use crate::plan::{find_weights, head_norm_bytes, row_norm_bytes};
 use crate::stage::{StageShape, step_rows, to_usize};
 use crate::weights::{LayerLinears, StoredHeadNorm, StoredLinear, StoredNorm, StoredWeights};
@@ -93,7 +94,11 @@ impl<D: Device> Decoder<D> {
         let limits = runner_limits(plan);
         let ropes = spec.ropes_for(limits.context_tokens);
         let head_width = weights.head_linear().header.out_features;
-        Ok(Decoder::new(spec, limits, ropes, stages, head_width))
+        let ledger = options.ledger.clone();
+        let adapters = Adapters::new(ledger, plan.memory.model.clone(), stages.len(), &limits);
+        Ok(Decoder::new(
+            spec, limits, ropes, stages, head_width, adapters,
+        ))
     }
 }
 
@@ -439,7 +444,7 @@ fn runner_limits(plan: &ModelPlan) -> RunnerLimits {
 }
 
 /// `bytes` of a purpose's reservation for one buffer.
-fn carve(
+pub(crate) fn carve(
     room: &mut Reservation,
     bytes: Bytes,
     what: impl FnOnce() -> String,

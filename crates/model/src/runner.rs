@@ -1,8 +1,9 @@
 //! What the engine drives: one loaded model, one step at a time.
 
 use oxllama_backend::{PAGE_TOKENS, StepBatch};
+use oxllama_format::AdapterSource;
 
-use crate::{ModelError, ModelSpec};
+use crate::{AdapterId, ModelError, ModelSpec};
 
 /// One loaded model, ready to step. Object-safe; implemented by
 /// [`Decoder`](crate::Decoder) for every kind of device.
@@ -24,6 +25,23 @@ pub trait Runner: Send {
     /// The step breaks a limit or its arrays disagree (nothing has run then), or a device
     /// failed (the pages of the step's rows are unspecified then; others are intact).
     fn run(&mut self, step: &StepPlan) -> Result<&[f32], ModelError>;
+
+    /// Loads a LoRA adapter, whose effect is multiplied by `scale`, beside the model: its
+    /// weights and, with the first one, the buffers that adapters share are reserved in the
+    /// ledger for the model's devices. Steps name it by its id
+    /// ([`StepPlan::sequence_adapters`]).
+    ///
+    /// # Errors
+    /// The adapter is for another model or changes parts that cannot be changed, `scale` is
+    /// not finite, memory is short, or a weight is malformed. The ledger is then as it was.
+    fn load_adapter(&mut self, source: &AdapterSource, scale: f32)
+    -> Result<AdapterId, ModelError>;
+
+    /// Frees an adapter. What sequences have in the cache stays as it is.
+    ///
+    /// # Errors
+    /// It is not loaded.
+    fn unload_adapter(&mut self, id: AdapterId) -> Result<(), ModelError>;
 }
 
 /// The largest steps that a loaded model was planned for.
@@ -58,6 +76,9 @@ pub struct StepPlan {
     pub pages_per_sequence: usize,
     /// Rows whose logits are wanted, in the order in which they are wanted; may be empty.
     pub logit_rows: Vec<u32>,
+    /// `[sequences]`: the [`AdapterId`] of each sequence's adapter, or
+    /// [`NO_ADAPTER`](crate::NO_ADAPTER); empty: none has one.
+    pub sequence_adapters: Vec<u32>,
 }
 
 impl StepPlan {
@@ -69,6 +90,7 @@ impl StepPlan {
         self.page_tables.clear();
         self.pages_per_sequence = 0;
         self.logit_rows.clear();
+        self.sequence_adapters.clear();
     }
 
     /// The step's inputs as devices take them.
@@ -150,6 +172,14 @@ impl StepPlan {
                 "sequences",
                 sequences,
                 from_one(limits.max_sequences),
+            ));
+        }
+        let adapters = self.sequence_adapters.len();
+        if adapters != 0 && adapters != sequences {
+            return Err(step_error(
+                "sequence adapters",
+                adapters,
+                format!("none, or one for each of {sequences} sequences"),
             ));
         }
         if self.logit_rows.len() > limits.max_logit_rows {
@@ -253,6 +283,7 @@ mod tests {
             page_tables: vec![7, 0, 3, 99],
             pages_per_sequence: 2,
             logit_rows: vec![2, 1],
+            sequence_adapters: vec![],
         }
     }
 
@@ -295,6 +326,10 @@ mod tests {
                 "3 sequences: expected 1 to 2",
             ),
             (
+                broken(|step| step.sequence_adapters.push(0)),
+                "1 sequence adapters: expected none, or one for each of 2 sequences",
+            ),
+            (
                 broken(|step| step.logit_rows.push(0)),
                 "3 logit rows: expected at most 2",
             ),
@@ -333,6 +368,7 @@ mod tests {
             page_tables: vec![0],
             pages_per_sequence: 1,
             logit_rows: vec![],
+            ..StepPlan::default()
         };
         let message = step.check(&LIMITS, 10).unwrap_err().to_string();
         assert!(message.contains("one below 256, the tokens of its sequence's pages"));

@@ -7,9 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use oxllama_backend::Device;
 use oxllama_backend::reference::ReferenceDevice;
 use oxllama_cpu::{CpuDevice, CpuOptions};
-use oxllama_format::ModelSource;
+use oxllama_format::{AdapterSource, ModelSource};
 use oxllama_memory::{Bytes, DeviceId, DeviceInfo, Inventory, Ledger};
-use oxllama_model::{Decoder, LoadOptions, ModelRequest, ModelSpec, Runner, StepPlan, plan_model};
+use oxllama_model::{
+    Decoder, LoadOptions, ModelRequest, ModelSpec, NO_ADAPTER, Runner, StepPlan, plan_model,
+};
 
 /// The system's allocator with a counter.
 struct Counting;
@@ -58,8 +60,13 @@ fn step(is_prompt: bool) -> StepPlan {
     step
 }
 
-/// Allocations of the second prompt and the second decode step of a fixture.
-fn allocations<D: Device>(name: &str, device: impl Fn(DeviceId) -> D) -> usize {
+/// Allocations of the second prompt and the second decode step of a fixture, whose second
+/// sequence has the adapter, if there is one.
+fn allocations<D: Device>(
+    name: &str,
+    adapter: Option<&str>,
+    device: impl Fn(DeviceId) -> D,
+) -> usize {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/models");
     let source = ModelSource::open(&root.join(name)).expect("a model");
     let spec = ModelSpec::from_config(source.config()).expect("a configuration");
@@ -76,7 +83,13 @@ fn allocations<D: Device>(name: &str, device: impl Fn(DeviceId) -> D) -> usize {
     let plan = plan_model(&source, &spec, &devices[0], &inventory, &request).expect("a plan");
     let options = LoadOptions::new(&ledger);
     let mut model = Decoder::load(&source, spec, devices, &plan, &options).expect("a model");
-    let (prompt, decode) = (step(true), step(false));
+    let (mut prompt, mut decode) = (step(true), step(false));
+    if let Some(adapter) = adapter {
+        let source = AdapterSource::open(&root.join(adapter)).expect("an adapter");
+        let id = model.load_adapter(&source, 1.0).expect("an adapter");
+        prompt.sequence_adapters = vec![NO_ADAPTER, id.get()];
+        decode.sequence_adapters = vec![NO_ADAPTER, id.get()];
+    }
     // Threads and one-time tables start with the first steps.
     for step in [&prompt, &decode] {
         model.run(step).expect("a step");
@@ -91,9 +104,15 @@ fn allocations<D: Device>(name: &str, device: impl Fn(DeviceId) -> D) -> usize {
 #[test]
 fn steps_allocate_nothing() {
     let cpu = |id| CpuDevice::new(id, CpuOptions::default()).expect("threads");
-    for name in ["llama3", "gemma3", "cohere_qk_norm"] {
-        let on_reference = allocations(name, ReferenceDevice::new);
+    for (name, adapter) in [
+        ("llama3", None),
+        ("gemma3", None),
+        ("cohere_qk_norm", None),
+        ("llama2", Some("lora/llama2_plain")),
+    ] {
+        let on_reference = allocations(name, adapter, ReferenceDevice::new);
         assert_eq!(on_reference, 0, "{name} on the reference");
-        assert_eq!(allocations(name, cpu), 0, "{name} on the fast backend");
+        let on_cpu = allocations(name, adapter, cpu);
+        assert_eq!(on_cpu, 0, "{name} on the fast backend");
     }
 }

@@ -45,13 +45,13 @@ fn expected(path: &Path, name: &str) -> Vec<f32> {
         .collect()
 }
 
-fn ids(value: &Value) -> Vec<u32> {
+pub(crate) fn ids(value: &Value) -> Vec<u32> {
     let items = value.as_array().expect("a list");
     let id = |item: &Value| item.as_u64().expect("a token id") as u32;
     items.iter().map(id).collect()
 }
 
-fn worst(found: &[f32], expected: &[f32]) -> f32 {
+pub(crate) fn worst(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
     let differences = found.iter().zip(expected).map(|(a, b)| (a - b).abs());
     differences.fold(0.0, f32::max)

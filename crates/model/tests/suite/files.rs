@@ -8,6 +8,7 @@ use oxllama_format::{SafetensorsDir, TensorSource};
 use serde_json::{Map, Value, json};
 
 /// A tensor to be written: its header entry, and its bytes unless the file is to be sparse.
+#[derive(Clone)]
 pub(crate) struct Tensor {
     pub(crate) name: String,
     pub(crate) dtype: &'static str,

@@ -159,6 +159,7 @@ impl Sequence {
             page_tables: self.pages[..used.div_ceil(PAGE_TOKENS)].to_vec(),
             pages_per_sequence: used.div_ceil(PAGE_TOKENS),
             logit_rows: (0..rows).collect(),
+            ..StepPlan::default()
         }
     }
 }
