@@ -37,6 +37,7 @@
 //!     layers: vec![layer; 30],
 //!     max_context_tokens: 2048,
 //!     page_tokens: 256,
+//!     quantisable_cache: true,
 //! };
 //! let workspace = |_: &DeviceRole, limits: &StepLimits| Bytes::from_kib(8 * limits.chunk_tokens);
 //! let request = PlanRequest {
@@ -70,7 +71,8 @@ pub use device::{
     DeviceCap, DeviceError, DeviceId, DeviceInfo, GpuSplit, Inventory, VirtualDevices,
 };
 pub use footprint::{
-    CacheFormat, DeviceRole, LayerFootprint, ModelFootprint, StepLimits, WorkspaceModel,
+    CacheFormat, DeviceRole, ElementFormat, LayerFootprint, ModelFootprint, StepLimits,
+    WorkspaceModel,
 };
 pub use ledger::{Holding, Ledger, Purpose, Reservation, Shortfall, SplitError, Usage};
 pub use plan::{

@@ -119,7 +119,17 @@ fn check_alternative(inventory: &Inventory, asked: &PlanRequest<'_>, alternative
                 },
             )
         }
-        Change::Cache { .. } | Change::WithoutLimits => false,
+        Change::Cache { format } => {
+            let larger = CacheFormat::ALL
+                .into_iter()
+                .take_while(|other| other != format);
+            let mut larger = larger.map(|cache| PlanRequest {
+                cache,
+                ..changed.clone()
+            });
+            larger.any(|request| is_feasible(&devices, &request))
+        }
+        Change::WithoutLimits => false,
     };
     assert!(!still_fits, "more than {only_change:?} fits");
 }
@@ -155,9 +165,13 @@ fn too_long_a_context() {
         change_named(&found, "more_memory"),
         Some(Change::MoreMemory { .. })
     ));
-    // 80 GiB of cache are too many whatever the bits, and half of them as well.
+    // 80 GiB of cache are too many whatever the bits of the weights. 20 GiB at 6.5 bits as
+    // well, but not 11 GiB at 4.5.
     assert_eq!(change_named(&found, "bits_per_weight"), None);
-    assert_eq!(change_named(&found, "cache"), None);
+    let q4 = Change::Cache {
+        format: CacheFormat::Q4,
+    };
+    assert_eq!(change_named(&found, "cache"), Some(q4));
     assert_eq!(change_named(&found, "batch"), None);
 
     // No device can do with less than the shortfall stated for it alone.
@@ -227,6 +241,23 @@ fn too_many_sequences_too_large_a_chunk_or_too_wide_a_cache() {
     for alternative in &found.nearest {
         check_alternative(&devices, &wide, alternative);
     }
+}
+
+#[test]
+fn a_cache_that_cannot_be_quantised_is_not_proposed_to_be() {
+    let footprint = ModelFootprint {
+        quantisable_cache: false,
+        ..llama_70b(400)
+    };
+    let base = request(&footprint, &llama_70b_workspace);
+    let asked = PlanRequest {
+        context_tokens: Some(131_072),
+        ..base
+    };
+    let found = infeasible(&gib(&[24, 24]), &asked);
+    assert_eq!(change_named(&found, "cache"), None);
+    let formats: Vec<CacheFormat> = footprint.cache_formats().collect();
+    assert_eq!(formats, [CacheFormat::F32, CacheFormat::F16]);
 }
 
 #[test]
@@ -351,6 +382,7 @@ fn one_part_too_large_or_no_cut_that_fits() {
         layers: vec![part; 2],
         max_context_tokens: 10,
         page_tokens: 1,
+        quantisable_cache: true,
     };
     let no_workspace = |_: &DeviceRole, _: &StepLimits| Bytes::ZERO;
     let asked = request(&footprint, &no_workspace);
@@ -384,6 +416,7 @@ cuda:1  14.00 GiB  available  13.65 GiB  20.67 GiB  6.67 GiB
 (placed: when filled in order; needed: if this device alone were to make room)
 what would fit:
   a context of at most 10752 tokens
+  a cache of format q4
   6.67 GiB more on cuda:1 (20.67 GiB to use there)
   a version of the model with at most 3.16 bits per layer weight (now 4.00)";
     assert_eq!(error.to_string(), expected);
@@ -418,6 +451,7 @@ prop_compose! {
             layers: layers.into_iter().map(layer).collect(),
             max_context_tokens,
             page_tokens,
+            quantisable_cache: true,
         }
     }
 }
@@ -432,7 +466,7 @@ proptest! {
         sizes in proptest::collection::vec(0..150_u64, 1..5),
         context in 0..1000_u64,
         (batch, chunk_tokens) in (1..5_u64, 1..20_u64),
-        use_f32: bool,
+        cache in proptest::sample::select(&CacheFormat::ALL[..]),
         cap in proptest::option::of(1..60_u64),
         balanced: bool,
     ) {
@@ -447,7 +481,7 @@ proptest! {
             context_tokens: Some(1 + context % footprint.max_context_tokens),
             batch,
             chunk_tokens,
-            cache: if use_f32 { CacheFormat::F32 } else { CacheFormat::F16 },
+            cache,
             policy: if balanced { Policy::Balanced } else { Policy::Fill },
             caps: cap.map(|cap| (DeviceId::cuda(0), Bytes(cap))).into_iter().collect(),
             ..request(&footprint, &workspace)

@@ -82,7 +82,6 @@ impl Case {
         let footprint = &self.footprint;
         let head = self.parts() - 1;
         let pages = self.batch * context_tokens.div_ceil(footprint.page_tokens);
-        let element_bytes = if self.cache == CacheFormat::F32 { 4 } else { 2 };
         let (mut weights, mut kv_cache, mut layers) = (0, 0, 0..0);
         for part in run.clone() {
             if part == 0 {
@@ -95,8 +94,8 @@ impl Case {
                 };
             } else {
                 let layer = &footprint.layers[part - 1];
-                let page_bytes =
-                    footprint.page_tokens * layer.kv_elements_per_token * element_bytes;
+                let token_bytes = self.cache.bytes_per_token(layer.kv_elements_per_token);
+                let page_bytes = footprint.page_tokens * token_bytes.unwrap().0;
                 weights += layer.weights.0;
                 kv_cache += pages * page_bytes;
                 layers.end += 1;
@@ -243,6 +242,7 @@ prop_compose! {
             layers: layers.into_iter().map(layer).collect(),
             max_context_tokens,
             page_tokens,
+            quantisable_cache: true,
         }
     }
 }
@@ -255,12 +255,11 @@ prop_compose! {
         context in proptest::option::of(0..1000_u64),
         batch in 1..3_u64,
         chunk_tokens in 1..8_u64,
-        use_f32: bool,
+        cache in proptest::sample::select(&CacheFormat::ALL[..]),
         rates in proptest::option::of(proptest::collection::vec(1..9_u32, 4)),
     ) -> Case {
         let context_tokens = context.map(|context| 1 + context % footprint.max_context_tokens);
         let bandwidths = rates.map(|rates| rates.into_iter().map(f64::from).collect());
-        let cache = if use_f32 { CacheFormat::F32 } else { CacheFormat::F16 };
         Case {
             footprint, workspace, devices, context_tokens, batch, chunk_tokens, cache, bandwidths,
         }

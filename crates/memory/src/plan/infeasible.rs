@@ -319,8 +319,9 @@ impl<'a> Finder<'a> {
 
     fn smallest_cache(&self) -> Option<CacheFormat> {
         let kv_elements = self.request.footprint.layers.first()?.kv_elements_per_token;
-        CacheFormat::ALL
-            .into_iter()
+        self.request
+            .footprint
+            .cache_formats()
             .min_by_key(|format| format.bytes_per_token(kv_elements))
     }
 
@@ -482,8 +483,9 @@ impl<'a> Finder<'a> {
             };
             self.alternative(self.slots, &changed, vec![Change::Cache { format }])
         };
-        CacheFormat::ALL
-            .into_iter()
+        self.request
+            .footprint
+            .cache_formats()
             .filter(|format| *format != self.request.cache)
             .find_map(change)
     }

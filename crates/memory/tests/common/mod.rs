@@ -61,6 +61,7 @@ pub(crate) fn llama_70b(bits_hundredths: u64) -> ModelFootprint {
         layers: vec![layer; 80],
         max_context_tokens: 131_072,
         page_tokens: 256,
+        quantisable_cache: true,
     }
 }
 
