@@ -1,0 +1,149 @@
+//! Attention over the paged cache.
+//!
+//! A row's positions are cut at absolute multiples of [`BLOCK_TOKENS`] and of a page. Scores and
+//! softmax go block by block within a page, starting afresh at each page, and the pages' results
+//! are merged in ascending order. Where the cuts are depends on the row's position alone, so its
+//! bits do not change with other rows, with how a prompt was chunked, or with which thread
+//! computed which page.
+
+use oxllama_backend::PAGE_TOKENS;
+
+use crate::float::Element;
+use crate::rowwise::{RowNorm, RowRope, norm_row_generic, rotate};
+use crate::simd::{LANES, Simd};
+
+mod scratch;
+mod task;
+
+pub(crate) use scratch::AttentionScratch;
+pub(crate) use task::attend;
+
+/// Positions whose scores are normalised together.
+pub(crate) const BLOCK_TOKENS: usize = 64;
+/// Rows of one sequence that share a converted block of keys and values.
+pub(crate) const TASK_ROWS: usize = 16;
+
+/// What one attention operation works on: extents, and where everything is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Plan<'a> {
+    /// f32 `[rows, heads, head_dim]`, rotated in place.
+    pub(crate) queries: *mut f32,
+    /// f32 `[rows, kv_heads, head_dim]`, rotated in place.
+    pub(crate) keys: *mut f32,
+    /// f32 `[rows, kv_heads, head_dim]`
+    pub(crate) values: *const f32,
+    /// f32 `[rows, heads, head_dim]`
+    pub(crate) out: *mut f32,
+    /// `[pages, kv_heads, PAGE_TOKENS, head_dim]`
+    pub(crate) key_cache: *mut u8,
+    /// `[pages, kv_heads, PAGE_TOKENS, head_dim]`
+    pub(crate) value_cache: *mut u8,
+    /// Query heads.
+    pub(crate) heads: usize,
+    /// Key and value heads.
+    pub(crate) kv_heads: usize,
+    /// Dimensions of a head.
+    pub(crate) head_dim: usize,
+    /// Multiplies scores.
+    pub(crate) scale: f32,
+    /// Caps scores.
+    pub(crate) softcap: Option<f32>,
+    /// Visible positions, the row's own included.
+    pub(crate) window: Option<usize>,
+    /// Per query head, `weight` being the first head's.
+    pub(crate) query_norm: Option<RowNorm>,
+    /// Per key head likewise.
+    pub(crate) key_norm: Option<RowNorm>,
+    /// Tables of the first row; the following rows' come after it.
+    pub(crate) rope: Option<RowRope>,
+    /// `[rows]`
+    pub(crate) positions: &'a [u32],
+    /// `[rows]`
+    pub(crate) row_sequences: &'a [u32],
+    /// `[sequences, pages_per_sequence]`
+    pub(crate) page_tables: &'a [u32],
+    /// Row length of `page_tables`.
+    pub(crate) pages_per_sequence: usize,
+}
+
+impl Plan<'_> {
+    /// Query heads that share a key head.
+    fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Index of the first element of a page's `kv_head`.
+    fn page_element(&self, row: usize, page_index: usize, kv_head: usize) -> usize {
+        let table = self.row_sequences[row] as usize * self.pages_per_sequence;
+        let page = self.page_tables[table + page_index] as usize;
+        (page * self.kv_heads + kv_head) * PAGE_TOKENS * self.head_dim
+    }
+
+    /// First position that `row` sees.
+    fn first_visible(&self, row: usize) -> usize {
+        let position = self.positions[row] as usize;
+        self.window
+            .map_or(0, |window| (position + 1).saturating_sub(window))
+    }
+}
+
+/// Norms and rotates one head.
+///
+/// # Safety
+/// As [`Simd`]'s; the head has the dimensions of norm and rope.
+#[inline(always)]
+unsafe fn finish_head<S: Simd>(
+    vector: *mut f32,
+    norm: Option<RowNorm>,
+    head: usize,
+    rope: Option<&RowRope>,
+) {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if let Some(norm) = norm {
+            let norm = RowNorm {
+                weight: norm.weight.add(head * norm.width),
+                ..norm
+            };
+            norm_row_generic::<S>(norm, vector, vector);
+        }
+        if let Some(rope) = rope {
+            rotate::<S>(rope, vector);
+        }
+    }
+}
+
+/// Norms and rotates the query heads of one key head in one row, and its key; stores key and value.
+///
+/// # Safety
+/// As [`Simd`]'s; the plan's pointers have the extents it states, its pages exist, and nobody
+/// else touches this row's heads.
+#[inline(always)]
+pub(crate) unsafe fn prepare<S: Simd, E: Element>(plan: &Plan<'_>, row: usize, kv_head: usize) {
+    let head_dim = plan.head_dim;
+    let position = plan.positions[row] as usize;
+    // SAFETY: row and heads exist, and the slot's page does.
+    unsafe {
+        let rope = plan.rope.map(|rope| RowRope {
+            cosines: rope.cosines.add(row * rope.pairs),
+            sines: rope.sines.add(row * rope.pairs),
+            ..rope
+        });
+        for head in kv_head * plan.group()..(kv_head + 1) * plan.group() {
+            let query = plan.queries.add((row * plan.heads + head) * head_dim);
+            finish_head::<S>(query, plan.query_norm, head, rope.as_ref());
+        }
+        let at = (row * plan.kv_heads + kv_head) * head_dim;
+        let key = plan.keys.add(at);
+        finish_head::<S>(key, plan.key_norm, kv_head, rope.as_ref());
+        let slot = plan.page_element(row, position / PAGE_TOKENS, kv_head)
+            + position % PAGE_TOKENS * head_dim;
+        for d in (0..head_dim).step_by(LANES) {
+            let count = (head_dim - d).min(LANES);
+            let key = S::load_first(key.add(d), count);
+            E::store_first::<S>(plan.key_cache, slot + d, key, count);
+            let value = S::load_first(plan.values.add(at + d), count);
+            E::store_first::<S>(plan.value_cache, slot + d, value, count);
+        }
+    }
+}
