@@ -20,6 +20,7 @@
 
 mod attention;
 mod elementwise;
+mod kept;
 mod linear;
 mod linear_cases;
 mod oracle;
@@ -52,6 +53,9 @@ pub struct Tolerances {
     pub attention_f32: f64,
     /// Attention over a cache of fp16: the last bit of a key may round either way.
     pub attention_f16: f64,
+    /// Attention over a quantised cache. What the device has stored is held to the definition
+    /// by itself, and then taken as it is.
+    pub attention_quantised: f64,
 }
 
 impl Tolerances {
@@ -64,12 +68,14 @@ impl Tolerances {
         elementwise: 1e-6,
         attention_f32: 1e-5,
         attention_f16: 5e-4,
+        attention_quantised: 1e-5,
     };
 
     fn attention(&self, format: CacheFormat) -> f64 {
         match format {
             CacheFormat::F32 => self.attention_f32,
             CacheFormat::F16 => self.attention_f16,
+            CacheFormat::Q8 | CacheFormat::Q6 | CacheFormat::Q4 => self.attention_quantised,
         }
     }
 

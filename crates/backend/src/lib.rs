@@ -16,12 +16,14 @@
 //! - `rows` are independent: the bits of a row's results depend on the weights and on the
 //!   row's own sequence, never on its neighbours, on `rows`, or on how a prompt was cut.
 //! - Keys and values live in pages of [`PAGE_TOKENS`] tokens, laid out
-//!   `[pages, kv_heads, PAGE_TOKENS, head_dim]`.
+//!   `[pages, kv_heads, PAGE_TOKENS, head_dim]`; in the [`quantised`] formats scales follow the
+//!   codes of each head's page ([`HeadLayout`]).
 
 mod buffer;
 pub mod conformance;
 mod error;
 mod ops;
+pub mod quantised;
 pub mod reference;
 mod step;
 
@@ -32,6 +34,7 @@ pub use ops::{
     GatedLinear, HeadNorm, KvLayer, LinearOps, LinearOutput, LogitArgs, Norm, NormKind,
     NormLinears, NormOps, StepOps, Store,
 };
+pub use quantised::HeadLayout;
 pub use step::{Rope, RopeStyle, StepBatch, WorkspaceShape};
 
 /// Tokens of one cache page, on every backend (as in ExLlamaV2).

@@ -6,7 +6,7 @@
 use oxllama_format::{LinearHeader, LinearSource};
 use oxllama_memory::{Bytes, CacheFormat, DeviceId, Reservation};
 
-use crate::{DeviceError, PAGE_TOKENS, Rope, StepBatch, WorkspaceShape};
+use crate::{DeviceError, HeadLayout, Rope, StepBatch, WorkspaceShape};
 
 /// Allocation and transfer.
 pub trait DeviceMemory: Send + Sync + 'static {
@@ -306,19 +306,47 @@ pub struct CacheShape {
     pub pages: usize,
     /// Key and value heads.
     pub kv_heads: usize,
-    /// Dimensions of a head.
+    /// Dimensions of a head; whole groups where the format is quantised.
     pub head_dim: usize,
     /// Element format.
     pub format: CacheFormat,
 }
 
 impl CacheShape {
-    /// Bytes of the keys (or of the values) of one layer.
-    pub fn bytes(&self) -> Bytes {
-        let token_elements = (self.kv_heads * self.head_dim) as u64;
-        let token_bytes = self.format.bytes_per_token(token_elements);
-        let tokens = (self.pages * PAGE_TOKENS) as u64;
-        token_bytes.unwrap_or(Bytes::MAX).saturating_mul(tokens)
+    /// How a head's keys lie in a page.
+    pub const fn key_layout(&self) -> HeadLayout {
+        HeadLayout {
+            format: self.format.keys(),
+            head_dim: self.head_dim,
+        }
+    }
+
+    /// How a head's values lie in a page.
+    pub const fn value_layout(&self) -> HeadLayout {
+        HeadLayout {
+            format: self.format.values(),
+            head_dim: self.head_dim,
+        }
+    }
+
+    /// Bytes of one page of keys: page `i` is one block, from byte `i` times this on.
+    pub const fn key_page_bytes(&self) -> usize {
+        self.kv_heads * self.key_layout().page_bytes()
+    }
+
+    /// Bytes of one page of values, which is one block likewise.
+    pub const fn value_page_bytes(&self) -> usize {
+        self.kv_heads * self.value_layout().page_bytes()
+    }
+
+    /// Bytes of the keys of one layer.
+    pub fn key_bytes(&self) -> Bytes {
+        Bytes::from_usize(self.key_page_bytes()).saturating_mul(self.pages as u64)
+    }
+
+    /// Bytes of the values of one layer.
+    pub fn value_bytes(&self) -> Bytes {
+        Bytes::from_usize(self.value_page_bytes()).saturating_mul(self.pages as u64)
     }
 }
 
@@ -327,18 +355,18 @@ impl CacheShape {
 pub struct KvLayer<B> {
     /// Extents of both buffers.
     pub shape: CacheShape,
-    /// `[pages, kv_heads, PAGE_TOKENS, head_dim]`
+    /// `[pages, kv_heads]` of [`CacheShape::key_layout`]
     pub keys: B,
-    /// `[pages, kv_heads, PAGE_TOKENS, head_dim]`
+    /// `[pages, kv_heads]` of [`CacheShape::value_layout`]
     pub values: B,
 }
 
 /// Attention of the step's rows over their own sequences' pages.
 #[derive(Debug)]
 pub struct AttentionArgs<'a, B> {
-    /// f32 `[rows, heads, head_dim]`; normed and rotated in place.
+    /// f32 `[rows, heads, head_dim]`; normed and rotated, unspecified afterwards.
     pub queries: &'a mut B,
-    /// f32 `[rows, kv_heads, head_dim]`; normed and rotated in place, then stored.
+    /// f32 `[rows, kv_heads, head_dim]`; normed and rotated, then stored; unspecified afterwards.
     pub keys: &'a mut B,
     /// f32 `[rows, kv_heads, head_dim]`; stored.
     pub values: &'a B,

@@ -131,7 +131,7 @@ fn main() {
         head_dim: HEAD_DIM,
         format: CacheFormat::F16,
     };
-    let cache_bytes = shape.bytes().get() as usize;
+    let cache_bytes = shape.key_bytes().get() as usize;
     for _ in 0..LAYERS {
         let attention: &[(u32, usize)] = &[(5, 64), (4, 512)];
         let down: &[(u32, usize)] = &[(6, 64), (4, 1472)];

@@ -2,45 +2,32 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use oxllama_backend::quantised::GROUP;
 use oxllama_backend::{AttentionArgs, AttentionOps, DeviceError, HeadNorm, HostBuffer};
-use oxllama_memory::CacheFormat;
 
 use crate::attention::{AttentionScratch, Plan, TASK_ROWS, attend, prepare};
 use crate::device::{CpuDevice, read, write};
-use crate::float::{HalfElement, SingleElement};
 use crate::isa::per_isa;
 use crate::pool::Team;
 use crate::rowwise::RowNorm;
 use crate::step::{CpuWorkspace, StepScratch};
 
 per_isa! {
-    unsafe fn prepare_half(plan: &Plan<'_>, row: usize, kv_head: usize) = prepare<HalfElement>;
+    unsafe fn prepare_head(plan: &Plan<'_>, row: usize, kv_head: usize) = prepare;
 }
 per_isa! {
-    unsafe fn prepare_single(plan: &Plan<'_>, row: usize, kv_head: usize) = prepare<SingleElement>;
-}
-per_isa! {
-    unsafe fn attend_half(
+    unsafe fn attend_rows(
         plan: &Plan<'_>,
         scratch: &AttentionScratch,
         rows: (usize, usize),
         kv_head: usize,
-    ) = attend<HalfElement>;
-}
-per_isa! {
-    unsafe fn attend_single(
-        plan: &Plan<'_>,
-        scratch: &AttentionScratch,
-        rows: (usize, usize),
-        kv_head: usize,
-    ) = attend<SingleElement>;
+    ) = attend;
 }
 
 /// The region's parts.
 struct Region<'a> {
     isa: crate::Isa,
     plan: Plan<'a>,
-    format: CacheFormat,
     scratch: StepScratch,
     /// The next task that no thread has taken.
     next: AtomicUsize,
@@ -68,11 +55,11 @@ impl Region<'_> {
         unsafe {
             let scratch = AttentionScratch::new(own, group, plan.head_dim);
             for unit in share.clone() {
-                self.prepare(unit / kv_heads, unit % kv_heads);
+                prepare_head(self.isa, plan, unit / kv_heads, unit % kv_heads);
                 if self.separate {
                     // What this row reads, this thread has just written or an earlier step has.
                     let row = unit / kv_heads;
-                    self.attend(&scratch, (row, row + 1), unit % kv_heads);
+                    attend_rows(self.isa, plan, &scratch, (row, row + 1), unit % kv_heads);
                 }
             }
             if self.separate {
@@ -85,7 +72,7 @@ impl Region<'_> {
             while row < rows {
                 let end = self.task_end(row);
                 while taken < task + kv_heads {
-                    self.attend(&scratch, (row, end), taken - task);
+                    attend_rows(self.isa, plan, &scratch, (row, end), taken - task);
                     taken = self.next.fetch_add(1, Ordering::Relaxed);
                 }
                 task += kv_heads;
@@ -100,30 +87,6 @@ impl Region<'_> {
         let most = (row + TASK_ROWS).min(sequences.len());
         let same = |&other: &usize| sequences[other] == sequences[row];
         row + (row..most).take_while(same).count()
-    }
-
-    /// # Safety
-    /// As [`prepare`]'s.
-    unsafe fn prepare(&self, row: usize, kv_head: usize) {
-        // SAFETY: the caller's contract.
-        unsafe {
-            match self.format {
-                CacheFormat::F16 => prepare_half(self.isa, &self.plan, row, kv_head),
-                CacheFormat::F32 => prepare_single(self.isa, &self.plan, row, kv_head),
-            }
-        }
-    }
-
-    /// # Safety
-    /// As [`attend`]'s.
-    unsafe fn attend(&self, scratch: &AttentionScratch, rows: (usize, usize), kv_head: usize) {
-        // SAFETY: the caller's contract.
-        unsafe {
-            match self.format {
-                CacheFormat::F16 => attend_half(self.isa, &self.plan, scratch, rows, kv_head),
-                CacheFormat::F32 => attend_single(self.isa, &self.plan, scratch, rows, kv_head),
-            }
-        }
     }
 }
 
@@ -162,8 +125,13 @@ impl AttentionOps for CpuDevice {
                 <= AttentionScratch::elements(limits.heads, limits.kv_heads, limits.head_dim),
             "{heads} heads of {head_dim} dimensions exceed the workspace"
         );
-        let cache_bytes = shape.bytes().get() as usize;
+        let key_bytes = shape.pages * shape.key_page_bytes();
+        let value_bytes = shape.pages * shape.value_page_bytes();
         let rope = args.rope.map(|index| workspace.rope(index));
+        assert!(
+            !shape.format.is_quantised() || head_dim.is_multiple_of(GROUP),
+            "{head_dim} dimensions of a head are not whole groups of {GROUP}"
+        );
         assert!(
             rope.is_none_or(|rope| 2 * rope.pairs <= head_dim),
             "a rope rotates at most a head's dimensions"
@@ -177,8 +145,10 @@ impl AttentionOps for CpuDevice {
                 keys: write(args.keys, rows * kv_heads * head_dim),
                 values: read(args.values, rows * kv_heads * head_dim),
                 out: write(args.out, rows * heads * head_dim),
-                key_cache: args.cache.keys.as_mut_slice::<u8>()[..cache_bytes].as_mut_ptr(),
-                value_cache: args.cache.values.as_mut_slice::<u8>()[..cache_bytes].as_mut_ptr(),
+                key_cache: args.cache.keys.as_mut_slice::<u8>()[..key_bytes].as_mut_ptr(),
+                value_cache: args.cache.values.as_mut_slice::<u8>()[..value_bytes].as_mut_ptr(),
+                key_layout: shape.key_layout(),
+                value_layout: shape.value_layout(),
                 heads,
                 kv_heads,
                 head_dim,
@@ -195,7 +165,6 @@ impl AttentionOps for CpuDevice {
                 page_tables: workspace.page_tables(),
                 pages_per_sequence: workspace.pages_per_sequence(),
             },
-            format: shape.format,
             scratch,
             next: AtomicUsize::new(0),
             separate: row_sequences.windows(2).all(|pair| pair[0] < pair[1]),

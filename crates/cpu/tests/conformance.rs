@@ -17,6 +17,7 @@ const TOLERANCES: Tolerances = Tolerances {
     elementwise: 2e-6,
     attention_f32: 1e-5,
     attention_f16: 5e-4,
+    attention_quantised: 1e-5,
 };
 
 fn conforms(isa: Isa, threads: usize) {

@@ -45,9 +45,9 @@ static ALLOCATOR: Counting = Counting;
 
 const HIDDEN: usize = 96;
 const INTERMEDIATE: usize = 160;
-const HEADS: usize = 6;
+const HEADS: usize = 4;
 const KV_HEADS: usize = 2;
-const HEAD_DIM: usize = 16;
+const HEAD_DIM: usize = 32;
 const VOCABULARY: usize = 64;
 const ROWS: usize = 20;
 
@@ -89,7 +89,8 @@ struct Model {
     down: CpuLinear,
     norm: Norm<HostBuffer>,
     head_norm: HeadNorm<HostBuffer>,
-    cache: KvLayer<HostBuffer>,
+    /// One of each format.
+    caches: Vec<KvLayer<HostBuffer>>,
 }
 
 /// Buffers wide enough for anything here.
@@ -171,17 +172,23 @@ fn model(setup: &mut Setup) -> Model {
         setup.linear(&tensors)
     };
     let table = half("x", VOCABULARY, HIDDEN, &mut setup.random);
-    let shape = CacheShape {
-        pages: 2,
-        kv_heads: KV_HEADS,
-        head_dim: HEAD_DIM,
-        format: CacheFormat::F16,
-    };
-    let cache_elements = shape.bytes().get() as usize / 4;
-    let empty = |setup: &mut Setup| {
-        let held = setup.reserve(Bytes::from_usize(cache_elements * 4));
+    let allocate = |setup: &mut Setup, bytes: Bytes| {
+        let held = setup.reserve(bytes);
         setup.device.allocate(held).expect("memory")
     };
+    let caches = CacheFormat::ALL.map(|format| {
+        let shape = CacheShape {
+            pages: 2,
+            kv_heads: KV_HEADS,
+            head_dim: HEAD_DIM,
+            format,
+        };
+        KvLayer {
+            shape,
+            keys: allocate(setup, shape.key_bytes()),
+            values: allocate(setup, shape.value_bytes()),
+        }
+    });
     Model {
         table: setup.linear(&table),
         queries: quantised(setup, wide, &[(8, 32), (5, 32), (4, 32)]),
@@ -201,11 +208,7 @@ fn model(setup: &mut Setup) -> Model {
             weight: setup.buffer(HEADS * HEAD_DIM),
             epsilon: 1e-5,
         },
-        cache: KvLayer {
-            shape,
-            keys: empty(setup),
-            values: empty(setup),
-        },
+        caches: caches.into(),
     }
 }
 
@@ -244,21 +247,23 @@ fn run(
         rows,
     };
     device.norm_linears(args, workspace).expect(done);
-    let args = AttentionArgs {
-        queries: q,
-        keys: k,
-        values: v,
-        cache: &mut model.cache,
-        out: attended,
-        query_norm: Some(&model.head_norm),
-        key_norm: Some(&model.head_norm),
-        rope: Some(0),
-        heads: HEADS,
-        scale: 0.25,
-        softcap: Some(30.0),
-        window: Some(7),
-    };
-    device.attention(args, workspace).expect(done);
+    for cache in &mut model.caches {
+        let args = AttentionArgs {
+            queries: q,
+            keys: k,
+            values: v,
+            cache,
+            out: attended,
+            query_norm: Some(&model.head_norm),
+            key_norm: Some(&model.head_norm),
+            rope: Some(0),
+            heads: HEADS,
+            scale: 0.25,
+            softcap: Some(30.0),
+            window: Some(7),
+        };
+        device.attention(args, workspace).expect(done);
+    }
     for (linear, out) in [(&model.gate, &mut *gate), (&model.gate, &mut *up)] {
         let output = LinearOutput {
             weights: linear,

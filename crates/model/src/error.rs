@@ -2,7 +2,7 @@
 
 use oxllama_backend::DeviceError;
 use oxllama_format::FormatError;
-use oxllama_memory::{Bytes, DeviceId, PlanError, Purpose, Shortfall, SplitError};
+use oxllama_memory::{Bytes, CacheFormat, DeviceId, PlanError, Purpose, Shortfall, SplitError};
 
 /// Why a model cannot be understood, planned, loaded or stepped.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +86,20 @@ pub enum ModelError {
     /// There is no plan; says why, and what would fit.
     #[error(transparent)]
     Plan(#[from] PlanError),
+
+    /// The model's heads are not whole groups of the asked cache format.
+    #[error(
+        "a {format} cache keeps keys and values in groups of {group} numbers, which heads of \
+         {head_dim} dimensions cannot be cut into: use a cache of format f16"
+    )]
+    UnquantisableCache {
+        /// The format asked for.
+        format: CacheFormat,
+        /// Dimensions of the model's heads.
+        head_dim: usize,
+        /// Numbers in a group.
+        group: usize,
+    },
 
     /// A plan and what it is to be carried out on do not belong together.
     #[error(

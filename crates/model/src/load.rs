@@ -239,8 +239,8 @@ impl Loader<'_> {
             head_dim: self.spec.head_dim,
             format: self.plan.memory.cache,
         };
-        let mut cache = || {
-            let reservation = carve(&mut room.kv_cache, shape.bytes(), || {
+        let mut cache = |bytes| {
+            let reservation = carve(&mut room.kv_cache, bytes, || {
                 format!("the cache of layer {index}")
             })?;
             Ok::<_, ModelError>(device.allocate(reservation)?)
@@ -251,8 +251,8 @@ impl Loader<'_> {
             norms,
             cache: KvLayer {
                 shape,
-                keys: cache()?,
-                values: cache()?,
+                keys: cache(shape.key_bytes())?,
+                values: cache(shape.value_bytes())?,
             },
         })
     }

@@ -1,5 +1,6 @@
 //! From headers to a plan: every byte that a model takes, before one is read.
 
+use oxllama_backend::quantised::GROUP;
 use oxllama_backend::{Device, PAGE_TOKENS};
 use oxllama_format::{GptqConfig, ModelSource};
 use oxllama_memory::{
@@ -131,6 +132,7 @@ impl<'a, D: Device> Footprint<'a, D> {
             layers: layers.collect(),
             max_context_tokens: spec.max_context_tokens() as u64,
             page_tokens: PAGE_TOKENS as u64,
+            quantisable_cache: spec.head_dim.is_multiple_of(GROUP),
         };
         Self {
             spec,
@@ -168,13 +170,15 @@ impl<'a, D: Device> Footprint<'a, D> {
     /// Places the model on the devices of `inventory`.
     ///
     /// # Errors
-    /// [`ModelError::Plan`]: it does not fit, with what would; or the request makes no sense.
+    /// [`ModelError::Plan`]: it does not fit, with what would;
+    /// [`ModelError::UnquantisableCache`]; or the request makes no sense.
     pub fn plan(
         &self,
         inventory: &Inventory,
         request: &ModelRequest,
     ) -> Result<ModelPlan, ModelError> {
         check_request(request)?;
+        self.check_cache(request.cache)?;
         let asked_logit_rows = to_usize(request.logit_rows);
         let workspace = |role: &DeviceRole, limits: &StepLimits| {
             self.workspace(request.cache, asked_logit_rows, role, limits)
@@ -202,6 +206,18 @@ impl<'a, D: Device> Footprint<'a, D> {
             .max(to_usize(memory.batch))
             .min(step_rows(&limits));
         Ok(ModelPlan { memory, logit_rows })
+    }
+
+    /// Refuses formats in which the model's heads cannot be kept.
+    fn check_cache(&self, format: CacheFormat) -> Result<(), ModelError> {
+        if format.is_quantised() && !self.model.quantisable_cache {
+            return Err(ModelError::UnquantisableCache {
+                format,
+                head_dim: self.spec.head_dim,
+                group: GROUP,
+            });
+        }
+        Ok(())
     }
 }
 

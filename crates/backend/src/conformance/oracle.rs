@@ -163,6 +163,14 @@ pub(super) fn round_to_f16(x: f64) -> f64 {
     f16::from_f64(x).to_f64()
 }
 
+/// `H x` with the normalised Walsh–Hadamard matrix of `x`'s length, a power of two.
+pub(super) fn hadamard(x: &[f64]) -> Vec<f64> {
+    let sign = |i: usize, j: usize| [1.0, -1.0][(i & j).count_ones() as usize % 2];
+    let row = |i: usize| -> f64 { x.iter().enumerate().map(|(j, x)| sign(i, j) * x).sum() };
+    let norm = (x.len() as f64).sqrt();
+    (0..x.len()).map(|i| row(i) / norm).collect()
+}
+
 /// The largest difference of a row from what is expected, as a share of the row's largest
 /// expected magnitude; the worst of all rows. Not a number anywhere: infinite.
 pub(super) fn worst_error(found: &[f32], expected: &[f64], width: usize) -> f64 {

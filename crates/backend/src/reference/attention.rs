@@ -1,42 +1,15 @@
 //! Attention over the paged cache.
 
-use bytemuck::Pod;
-use half::f16;
-use oxllama_memory::CacheFormat;
+use std::ops::Range;
 
 use super::memory::StepInputs;
 use super::norm::normalize_in_place;
 use super::{ReferenceDevice, ReferenceWorkspace};
+use crate::quantised::{GROUP, rotate};
 use crate::{
-    AttentionArgs, AttentionOps, CacheShape, DeviceError, HeadNorm, HostBuffer, PAGE_TOKENS,
+    AttentionArgs, AttentionOps, DeviceError, HeadLayout, HeadNorm, HostBuffer, PAGE_TOKENS,
     RopeStyle,
 };
-
-/// An element of the cache.
-trait CacheElement: Pod {
-    fn store(value: f32) -> Self;
-    fn load(self) -> f32;
-}
-
-impl CacheElement for f32 {
-    fn store(value: f32) -> Self {
-        value
-    }
-
-    fn load(self) -> f32 {
-        self
-    }
-}
-
-impl CacheElement for f16 {
-    fn store(value: f32) -> Self {
-        f16::from_f32(value)
-    }
-
-    fn load(self) -> f32 {
-        self.to_f32()
-    }
-}
 
 impl AttentionOps for ReferenceDevice {
     fn attention(
@@ -44,70 +17,71 @@ impl AttentionOps for ReferenceDevice {
         args: AttentionArgs<'_, HostBuffer>,
         workspace: &mut ReferenceWorkspace,
     ) -> Result<(), DeviceError> {
-        match args.cache.shape.format {
-            CacheFormat::F32 => attend_all::<f32>(args, workspace),
-            CacheFormat::F16 => attend_all::<f16>(args, workspace),
+        let ReferenceWorkspace { inputs, scores } = workspace;
+        let shape = args.cache.shape;
+        let (kv_heads, head_dim) = (shape.kv_heads, shape.head_dim);
+        let heads = args.heads;
+        let rows = inputs.rows();
+        let queries = &mut args.queries.as_mut_slice::<f32>()[..rows * heads * head_dim];
+        let keys = &mut args.keys.as_mut_slice::<f32>()[..rows * kv_heads * head_dim];
+        let values = &args.values.as_slice::<f32>()[..rows * kv_heads * head_dim];
+        prepare_heads(queries, heads, args.query_norm, args.rope, inputs);
+        prepare_heads(keys, kv_heads, args.key_norm, args.rope, inputs);
+        let quantised = shape.format.is_quantised();
+        if quantised {
+            rotate(queries);
         }
-        Ok(())
-    }
-}
 
-/// The whole operation for a cache of `T`.
-fn attend_all<T: CacheElement>(
-    args: AttentionArgs<'_, HostBuffer>,
-    workspace: &mut ReferenceWorkspace,
-) {
-    let ReferenceWorkspace { inputs, scores } = workspace;
-    let CacheShape {
-        kv_heads, head_dim, ..
-    } = args.cache.shape;
-    let heads = args.heads;
-    let rows = inputs.rows();
-    let queries = &mut args.queries.as_mut_slice::<f32>()[..rows * heads * head_dim];
-    let keys = &mut args.keys.as_mut_slice::<f32>()[..rows * kv_heads * head_dim];
-    let values = &args.values.as_slice::<f32>()[..rows * kv_heads * head_dim];
-    prepare_heads(queries, heads, args.query_norm, args.rope, inputs);
-    prepare_heads(keys, kv_heads, args.key_norm, args.rope, inputs);
-
-    let cached_keys = args.cache.keys.as_mut_slice::<T>();
-    let cached_values = args.cache.values.as_mut_slice::<T>();
-    let shape = args.cache.shape;
-    for row in 0..rows {
-        for head in 0..kv_heads {
-            let source = (row * kv_heads + head) * head_dim;
-            let slot = cache_offset(shape, inputs.pages(row), inputs.position(row), head);
-            for dim in 0..head_dim {
-                cached_keys[slot + dim] = T::store(keys[source + dim]);
-                cached_values[slot + dim] = T::store(values[source + dim]);
+        let (key_layout, value_layout) = (shape.key_layout(), shape.value_layout());
+        let cached_keys = args.cache.keys.as_mut_slice::<u8>();
+        let cached_values = args.cache.values.as_mut_slice::<u8>();
+        for row in 0..rows {
+            let (pages, position) = (inputs.pages(row), inputs.position(row));
+            let page = pages[position / PAGE_TOKENS] as usize;
+            let token = position % PAGE_TOKENS;
+            for head in 0..kv_heads {
+                let source = (row * kv_heads + head) * head_dim;
+                let page = page * kv_heads + head;
+                let key_page = &mut cached_keys[head_range(key_layout, page)];
+                key_layout.store(key_page, token, &keys[source..][..head_dim]);
+                let value_page = &mut cached_values[head_range(value_layout, page)];
+                value_layout.store(value_page, token, &values[source..][..head_dim]);
             }
         }
-    }
 
-    let out = &mut args.out.as_mut_slice::<f32>()[..rows * heads * head_dim];
-    for row in 0..rows {
-        let position = inputs.position(row);
-        let visible = Visible {
-            shape,
-            pages: inputs.pages(row),
-            first: args
-                .window
-                .map_or(0, |window| (position + 1).saturating_sub(window)),
-            end: position + 1,
-        };
-        let scores = &mut scores.as_mut_slice::<f32>()[..visible.end - visible.first];
-        for head in 0..heads {
-            let kv_head = head / (heads / kv_heads);
-            let at = (row * heads + head) * head_dim;
-            visible.scores(kv_head, &queries[at..][..head_dim], cached_keys, scores);
-            for score in scores.iter_mut() {
-                *score *= args.scale;
-                if let Some(cap) = args.softcap {
-                    *score = cap * (*score / cap).tanh();
+        let out = &mut args.out.as_mut_slice::<f32>()[..rows * heads * head_dim];
+        for row in 0..rows {
+            let position = inputs.position(row);
+            let visible = Visible {
+                kv_heads,
+                pages: inputs.pages(row),
+                first: args
+                    .window
+                    .map_or(0, |window| (position + 1).saturating_sub(window)),
+                end: position + 1,
+            };
+            let scores = &mut scores.as_mut_slice::<f32>()[..visible.end - visible.first];
+            for head in 0..heads {
+                let kv_head = head / (heads / kv_heads);
+                let at = (row * heads + head) * head_dim;
+                let keys = (key_layout, &*cached_keys);
+                visible.scores(kv_head, &queries[at..][..head_dim], keys, scores);
+                for score in scores.iter_mut() {
+                    *score *= args.scale;
+                    if let Some(cap) = args.softcap {
+                        *score = cap * (*score / cap).tanh();
+                    }
+                }
+                softmax(scores);
+                let values = (value_layout, &*cached_values);
+                let out = &mut out[at..][..head_dim];
+                visible.weighted_sum(kv_head, scores, values, out);
+                if quantised {
+                    rotate(out);
                 }
             }
-            softmax(scores);
-            visible.weighted_sum(kv_head, scores, cached_values, &mut out[at..][..head_dim]);
         }
+        Ok(())
     }
 }
 
@@ -142,48 +116,63 @@ fn prepare_heads(
     }
 }
 
-/// Where the vector of `head` at `position` starts in a cache buffer, in elements.
-fn cache_offset(shape: CacheShape, pages: &[u32], position: usize, head: usize) -> usize {
-    let page = pages[position / PAGE_TOKENS] as usize;
-    ((page * shape.kv_heads + head) * PAGE_TOKENS + position % PAGE_TOKENS) * shape.head_dim
+/// The bytes of a head's page: `page` counts pages times heads.
+fn head_range(layout: HeadLayout, page: usize) -> Range<usize> {
+    let bytes = layout.page_bytes();
+    page * bytes..(page + 1) * bytes
 }
 
 /// The positions `first..end` of one sequence, which a row attends to.
 struct Visible<'a> {
-    shape: CacheShape,
+    kv_heads: usize,
     pages: &'a [u32],
     first: usize,
     end: usize,
 }
 
 impl Visible<'_> {
-    /// The cached vectors of `head` in ascending order of position.
-    fn vectors<'b, T>(&self, head: usize, cache: &'b [T]) -> impl Iterator<Item = &'b [T]> {
+    /// The head's page and the token in it of each position, in ascending order.
+    fn places(&self, head: usize) -> impl Iterator<Item = (usize, usize)> {
         (self.first..self.end).map(move |position| {
-            let offset = cache_offset(self.shape, self.pages, position, head);
-            &cache[offset..][..self.shape.head_dim]
+            let page = self.pages[position / PAGE_TOKENS] as usize;
+            (page * self.kv_heads + head, position % PAGE_TOKENS)
         })
     }
 
     /// `scores[i] = query · key` of the i-th visible position.
-    fn scores<T: CacheElement>(&self, head: usize, query: &[f32], keys: &[T], scores: &mut [f32]) {
-        for (score, key) in scores.iter_mut().zip(self.vectors(head, keys)) {
-            *score = query.iter().zip(key).map(|(&q, k)| q * k.load()).sum();
+    fn scores(
+        &self,
+        head: usize,
+        query: &[f32],
+        (layout, keys): (HeadLayout, &[u8]),
+        scores: &mut [f32],
+    ) {
+        for (score, (page, token)) in scores.iter_mut().zip(self.places(head)) {
+            let page = &keys[head_range(layout, page)];
+            *score = 0.0;
+            for (part, query) in query.chunks(GROUP).enumerate() {
+                for (&q, k) in query.iter().zip(layout.load(page, token, part)) {
+                    *score += q * k;
+                }
+            }
         }
     }
 
     /// `out = Σ weights[i] · value` over the visible positions.
-    fn weighted_sum<T: CacheElement>(
+    fn weighted_sum(
         &self,
         head: usize,
         weights: &[f32],
-        values: &[T],
+        (layout, values): (HeadLayout, &[u8]),
         out: &mut [f32],
     ) {
         out.fill(0.0);
-        for (&weight, value) in weights.iter().zip(self.vectors(head, values)) {
-            for (out, value) in out.iter_mut().zip(value) {
-                *out += weight * value.load();
+        for (&weight, (page, token)) in weights.iter().zip(self.places(head)) {
+            let page = &values[head_range(layout, page)];
+            for (part, out) in out.chunks_mut(GROUP).enumerate() {
+                for (out, value) in out.iter_mut().zip(layout.load(page, token, part)) {
+                    *out += weight * value;
+                }
             }
         }
     }

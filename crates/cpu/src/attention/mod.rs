@@ -5,15 +5,19 @@
 //! are merged in ascending order. Where the cuts are depends on the row's position alone, so its
 //! bits do not change with other rows, with how a prompt was chunked, or with which thread
 //! computed which page.
+//!
+//! Blocks of keys and values are converted to f32 when a task comes to them, whatever the cache's
+//! format ([`vectors`]): nothing longer than a block is ever held in another format. Quantised
+//! vectors stay rotated; the task rotates its queries and its results instead.
 
-use oxllama_backend::PAGE_TOKENS;
+use oxllama_backend::{HeadLayout, PAGE_TOKENS};
 
-use crate::float::Element;
 use crate::rowwise::{RowNorm, RowRope, norm_row_generic, rotate};
-use crate::simd::{LANES, Simd};
+use crate::simd::Simd;
 
 mod scratch;
 mod task;
+mod vectors;
 
 pub(crate) use scratch::AttentionScratch;
 pub(crate) use task::attend;
@@ -34,10 +38,14 @@ pub(crate) struct Plan<'a> {
     pub(crate) values: *const f32,
     /// f32 `[rows, heads, head_dim]`
     pub(crate) out: *mut f32,
-    /// `[pages, kv_heads, PAGE_TOKENS, head_dim]`
+    /// `[pages, kv_heads]` of `key_layout`
     pub(crate) key_cache: *mut u8,
-    /// `[pages, kv_heads, PAGE_TOKENS, head_dim]`
+    /// `[pages, kv_heads]` of `value_layout`
     pub(crate) value_cache: *mut u8,
+    /// How a head's keys lie in a page.
+    pub(crate) key_layout: HeadLayout,
+    /// How its values do.
+    pub(crate) value_layout: HeadLayout,
     /// Query heads.
     pub(crate) heads: usize,
     /// Key and value heads.
@@ -72,11 +80,27 @@ impl Plan<'_> {
         self.heads / self.kv_heads
     }
 
-    /// Index of the first element of a page's `kv_head`.
-    fn page_element(&self, row: usize, page_index: usize, kv_head: usize) -> usize {
+    /// Where the keys and the values of `kv_head` in a page start.
+    ///
+    /// # Safety
+    /// The row has that page, and the cache does.
+    unsafe fn head_page(
+        &self,
+        row: usize,
+        page_index: usize,
+        kv_head: usize,
+    ) -> (*mut u8, *mut u8) {
         let table = self.row_sequences[row] as usize * self.pages_per_sequence;
         let page = self.page_tables[table + page_index] as usize;
-        (page * self.kv_heads + kv_head) * PAGE_TOKENS * self.head_dim
+        let head_page = page * self.kv_heads + kv_head;
+        // SAFETY: the caller's contract.
+        unsafe {
+            (
+                self.key_cache.add(head_page * self.key_layout.page_bytes()),
+                self.value_cache
+                    .add(head_page * self.value_layout.page_bytes()),
+            )
+        }
     }
 
     /// First position that `row` sees.
@@ -119,7 +143,7 @@ unsafe fn finish_head<S: Simd>(
 /// As [`Simd`]'s; the plan's pointers have the extents it states, its pages exist, and nobody
 /// else touches this row's heads.
 #[inline(always)]
-pub(crate) unsafe fn prepare<S: Simd, E: Element>(plan: &Plan<'_>, row: usize, kv_head: usize) {
+pub(crate) unsafe fn prepare<S: Simd>(plan: &Plan<'_>, row: usize, kv_head: usize) {
     let head_dim = plan.head_dim;
     let position = plan.positions[row] as usize;
     // SAFETY: row and heads exist, and the slot's page does.
@@ -136,14 +160,9 @@ pub(crate) unsafe fn prepare<S: Simd, E: Element>(plan: &Plan<'_>, row: usize, k
         let at = (row * plan.kv_heads + kv_head) * head_dim;
         let key = plan.keys.add(at);
         finish_head::<S>(key, plan.key_norm, kv_head, rope.as_ref());
-        let slot = plan.page_element(row, position / PAGE_TOKENS, kv_head)
-            + position % PAGE_TOKENS * head_dim;
-        for d in (0..head_dim).step_by(LANES) {
-            let count = (head_dim - d).min(LANES);
-            let key = S::load_first(key.add(d), count);
-            E::store_first::<S>(plan.key_cache, slot + d, key, count);
-            let value = S::load_first(plan.values.add(at + d), count);
-            E::store_first::<S>(plan.value_cache, slot + d, value, count);
-        }
+        let (key_page, value_page) = plan.head_page(row, position / PAGE_TOKENS, kv_head);
+        let token = position % PAGE_TOKENS;
+        vectors::store::<S>(plan.key_layout, key_page, token, key);
+        vectors::store::<S>(plan.value_layout, value_page, token, plan.values.add(at));
     }
 }

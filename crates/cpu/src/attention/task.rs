@@ -1,10 +1,10 @@
 //! Some rows against the pages of their sequence.
 
 use oxllama_backend::PAGE_TOKENS;
+use oxllama_backend::quantised::rotate;
 
 use super::scratch::{AttentionScratch, padded};
-use super::{BLOCK_TOKENS, Plan};
-use crate::float::Element;
+use super::{BLOCK_TOKENS, Plan, vectors};
 use crate::rowwise::{cap, exp};
 use crate::simd::{LANES, Simd};
 
@@ -15,7 +15,7 @@ use crate::simd::{LANES, Simd};
 /// As [`super::prepare`]'s; every visible position of these rows is in the cache, `scratch` is this
 /// thread's own.
 #[inline(always)]
-pub(crate) unsafe fn attend<S: Simd, E: Element>(
+pub(crate) unsafe fn attend<S: Simd>(
     plan: &Plan<'_>,
     scratch: &AttentionScratch,
     (first_row, end_row): (usize, usize),
@@ -53,7 +53,7 @@ pub(crate) unsafe fn attend<S: Simd, E: Element>(
                 }
                 let tokens = (last + 1 - block).min(BLOCK_TOKENS);
                 let skipped = start.saturating_sub(block);
-                task.load_block::<S, E>(block, skipped, tokens);
+                task.load_block::<S>(block, skipped, tokens);
                 for row in 0..rows {
                     task.block_row::<S>(row, block);
                 }
@@ -100,7 +100,7 @@ impl Task<'_> {
         (row * self.group + member) * self.padded
     }
 
-    /// Copies the queries, padded with zeros, and clears the sums.
+    /// Copies the queries, padded with zeros and rotated as the keys are, and clears the sums.
     ///
     /// # Safety
     /// As [`attend`]'s, as for all functions here.
@@ -119,6 +119,10 @@ impl Task<'_> {
                         let at = self.head(row, member) + d;
                         S::store(self.scratch.queries.add(at), query);
                         S::store(self.scratch.sums.add(at), S::splat(0.0));
+                    }
+                    if plan.key_layout.format.is_quantised() {
+                        let query = self.scratch.queries.add(self.head(row, member));
+                        rotate(std::slice::from_raw_parts_mut(query, plan.head_dim));
                     }
                     let state = self.state(row, member);
                     *state.add(MAX) = f32::NEG_INFINITY;
@@ -151,31 +155,18 @@ impl Task<'_> {
     /// # Safety
     /// As [`attend`]'s.
     #[inline(always)]
-    unsafe fn load_block<S: Simd, E: Element>(&self, block: usize, first: usize, tokens: usize) {
+    unsafe fn load_block<S: Simd>(&self, block: usize, first: usize, tokens: usize) {
         let plan = self.plan;
-        let head_dim = plan.head_dim;
-        let page = plan.page_element(self.first_row, block / PAGE_TOKENS, self.kv_head);
-        let page = page + block % PAGE_TOKENS * head_dim;
-        for token in first..tokens {
-            // SAFETY: the block lies within its page.
-            unsafe {
-                let from = page + token * head_dim;
-                for d in (0..self.padded).step_by(LANES) {
-                    let (key, value) = if d + LANES <= head_dim {
-                        (
-                            E::load::<S>(plan.key_cache, from + d),
-                            E::load::<S>(plan.value_cache, from + d),
-                        )
-                    } else {
-                        (
-                            E::load_first::<S>(plan.key_cache, from + d, head_dim - d),
-                            E::load_first::<S>(plan.value_cache, from + d, head_dim - d),
-                        )
-                    };
-                    S::store(self.scratch.keys.add(token * self.padded + d), key);
-                    S::store(self.scratch.values.add(token * self.padded + d), value);
-                }
-            }
+        let start = block % PAGE_TOKENS;
+        let range = start + first..start + tokens;
+        let skipped = first * self.padded;
+        // SAFETY: the block lies within its page.
+        unsafe {
+            let page = plan.head_page(self.first_row, block / PAGE_TOKENS, self.kv_head);
+            let keys = self.scratch.keys.add(skipped);
+            vectors::load::<S>(plan.key_layout, page.0, range.clone(), keys);
+            let values = self.scratch.values.add(skipped);
+            vectors::load::<S>(plan.value_layout, page.1, range, values);
         }
     }
 
@@ -371,7 +362,7 @@ impl Task<'_> {
         }
     }
 
-    /// Divides by the totals and writes the result.
+    /// Divides by the totals, rotates back what values were rotated by, and writes the result.
     ///
     /// # Safety
     /// As [`attend`]'s.
@@ -385,6 +376,9 @@ impl Task<'_> {
                 unsafe {
                     let total = S::splat(1.0 / *self.state(row, member).add(TOTAL));
                     let sums = self.scratch.sums.add(self.head(row, member));
+                    if plan.value_layout.format.is_quantised() {
+                        rotate(std::slice::from_raw_parts_mut(sums, plan.head_dim));
+                    }
                     let out = ((self.first_row + row) * plan.heads + head) * plan.head_dim;
                     for d in (0..plan.head_dim).step_by(LANES) {
                         let count = (plan.head_dim - d).min(LANES);
