@@ -70,7 +70,8 @@ pub(crate) struct PlacementArgs {
     #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
     pub(crate) chunk: Option<u64>,
 
-    /// Element format of the key/value cache
+    /// Format of the key/value cache: 16, 32, 8.5, 6.5 (keys 8.5, values 4.5) or 4.5 bits a
+    /// number
     #[arg(long, value_enum, default_value_t = CacheKind::Fp16, help_heading = "Placement")]
     pub(crate) cache: CacheKind,
 
@@ -120,6 +121,9 @@ pub(crate) enum DeviceKind {
 pub(crate) enum CacheKind {
     Fp16,
     Fp32,
+    Q8,
+    Q6,
+    Q4,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -341,7 +345,9 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_name = "L", default_value_t = 1024)]
     pub(crate) length: usize,
 
-    /// The model that this one was made from: reports KL divergence and top-1 agreement
+    /// The model that this one was made from: reports KL divergence and top-1 agreement. It
+    /// always runs with an fp16 cache, so that MODEL --cache q4 --reference MODEL measures what
+    /// the cache alone costs
     #[arg(long, value_name = "MODEL")]
     pub(crate) reference: Option<String>,
 

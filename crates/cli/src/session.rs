@@ -145,6 +145,9 @@ pub(crate) fn request(placement: &PlacementArgs, size: StepSize) -> ModelRequest
         cache: match placement.cache {
             CacheKind::Fp16 => CacheFormat::F16,
             CacheKind::Fp32 => CacheFormat::F32,
+            CacheKind::Q8 => CacheFormat::Q8,
+            CacheKind::Q6 => CacheFormat::Q6,
+            CacheKind::Q4 => CacheFormat::Q4,
         },
         policy: match (&placement.gpu_split, placement.policy) {
             (Some(split), _) => Policy::GpuSplit(split.clone()),

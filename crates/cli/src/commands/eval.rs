@@ -9,7 +9,7 @@ use oxllama_engine::evaluate;
 use oxllama_model::Runner;
 use oxllama_text::EncodeOptions;
 
-use crate::args::{EvalArgs, PlacementArgs};
+use crate::args::{CacheKind, EvalArgs, PlacementArgs};
 use crate::output;
 use crate::session::{self, Host, Opened, StepSize};
 
@@ -31,14 +31,22 @@ pub(crate) fn run(args: &EvalArgs) -> Result<ExitCode> {
         chunk_tokens: CHUNK_TOKENS,
         logit_rows: CHUNK_TOKENS,
     };
-    let load = |model: &str| -> Result<(Opened, Box<dyn Runner>)> {
+    let load = |model: &str, cache: CacheKind| -> Result<(Opened, Box<dyn Runner>)> {
+        let placement = &PlacementArgs {
+            cache,
+            ..placement.clone()
+        };
         let opened = session::open(model, Some(placement))?;
         let plan = session::plan(&opened, &host, placement, size)?;
         let runner = session::load(&opened, &host, placement, &plan)?;
         Ok((opened, runner))
     };
-    let (opened, mut runner) = load(&args.model.model)?;
-    let mut reference = args.reference.as_deref().map(load).transpose()?;
+    let (opened, mut runner) = load(&args.model.model, placement.cache)?;
+    let reference = args.reference.as_deref();
+    // Whatever the cache under test: the reference is the model at its best.
+    let mut reference = reference
+        .map(|reference| load(reference, CacheKind::Fp16))
+        .transpose()?;
     let tokenizer = session::tokenizer(&opened.source)?;
     let token_ids = tokenizer.encode(&text, EncodeOptions::PLAIN)?;
 
