@@ -1,6 +1,6 @@
 //! What can go wrong between text and token ids.
 
-/// An error of the tokenizer, the stop strings or the chat template.
+/// An error of the tokenizer, the stop or banned strings, or the chat template.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TextError {
     /// `tokenizer.json` is not JSON, is cut short, or lacks a required part.
@@ -85,16 +85,45 @@ pub enum TextError {
         "a BOS token was asked for, but neither tokenizer_config.json nor config.json names one"
     )]
     NoBosToken,
-    /// A stop string is empty, so it would stop before the first token.
-    #[error("stop string {index} is empty; give at least one character")]
-    EmptyStopString {
+    /// A stop or banned string is empty, so it would be found before the first token.
+    #[error("{list} string {index} is empty; give at least one character")]
+    EmptyString {
+        /// `stop` or `banned`.
+        list: &'static str,
         /// Position in the list given, from 0.
         index: usize,
     },
-    /// The stop strings are longer, all together, than the matcher can index.
-    #[error("the stop strings have {bytes} bytes in all, at most {limit} are accepted")]
-    StopStringsTooLong {
-        /// Bytes of all stop strings.
+    /// There are more stop or banned strings than the matcher accepts.
+    #[error("there are {found} {list} strings, at most {limit} are accepted; leave some out")]
+    TooManyStrings {
+        /// `stop` or `banned`.
+        list: &'static str,
+        /// Strings given.
+        found: usize,
+        /// The most that are accepted.
+        limit: usize,
+    },
+    /// A stop or banned string is longer than the matcher accepts.
+    #[error("{list} string {index} has {bytes} bytes, at most {limit} are accepted; shorten it")]
+    StringTooLong {
+        /// `stop` or `banned`.
+        list: &'static str,
+        /// Position in the list given, from 0.
+        index: usize,
+        /// Its length.
+        bytes: usize,
+        /// The most that is accepted.
+        limit: usize,
+    },
+    /// The stop or banned strings are longer, all together, than the matcher accepts.
+    #[error(
+        "the {list} strings have {bytes} bytes in all, at most {limit} are accepted; leave some \
+         out"
+    )]
+    StringsTooLong {
+        /// `stop` or `banned`.
+        list: &'static str,
+        /// Bytes of all strings of the list.
         bytes: usize,
         /// The most that is accepted.
         limit: usize,

@@ -4,12 +4,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use serde_json::Value;
-use tokenizers::{AddedVocabulary, Model as _, OffsetType, PreTokenizer as _};
+use tokenizers::{
+    AddedVocabulary, Encoding, Model as _, NormalizerWrapper, OffsetType, PreTokenizer as _,
+    PreTokenizerWrapper,
+};
 
 use crate::decode::{DecodePlan, StreamDecoder};
 use crate::error::TextError;
 use crate::special::{Affixes, add_tokens_of_config, id_list, token_text};
-use crate::tokenizer_file::{TokenizerFile, panic_message};
+use crate::tokenizer_file::{Continuation, TokenizerFile, panic_message};
 
 /// When a BOS token goes in front of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -68,6 +71,7 @@ struct Shared {
     encoder: tokenizers::Tokenizer,
     /// The added tokens again, with the special ones not recognised in text.
     added_without_special: AddedVocabulary,
+    continuation: Continuation,
     decode_plan: DecodePlan,
     vocab_size: usize,
     /// `vocab_size` of config.json: ids from here on have no embedding.
@@ -149,6 +153,7 @@ impl Tokenizer {
         added_without_special.set_encode_special_tokens(true);
         let shared = Shared {
             added_without_special,
+            continuation: built.continuation,
             decode_plan: DecodePlan::compile(&decoder)?,
             vocab_size: built.vocab_size,
             model_vocab_size,
@@ -169,12 +174,7 @@ impl Tokenizer {
     /// text contains a token beyond the model's vocabulary.
     pub fn encode(&self, text: &str, options: EncodeOptions) -> Result<Vec<u32>, TextError> {
         let shared = &*self.shared;
-        let text_ids = catch_unwind(AssertUnwindSafe(|| shared.encode(text, options)))
-            .unwrap_or_else(|panic| {
-                Err(TextError::Encode {
-                    detail: panic_message(&*panic),
-                })
-            })?;
+        let text_ids = guard(|| shared.encode(text, options))?;
         let (prefix, suffix): (&[u32], &[u32]) = match options.add_bos {
             AddBos::Auto => (&shared.affixes.prefix, &shared.affixes.suffix),
             AddBos::Always => (shared.bos_id.as_slice(), &[]),
@@ -200,6 +200,15 @@ impl Tokenizer {
             });
         }
         Ok(ids)
+    }
+
+    /// Encodes plain text that continues another: nothing is added, and the tokenizers that put a
+    /// space in front of every text put none. Special tokens are not recognised.
+    ///
+    /// # Errors
+    /// If the tokenizer fails on the text.
+    pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        guard(|| self.shared.encode_continuation(text))
     }
 
     /// The text of a list of tokens, exactly as Hugging Face tokenizers decodes it. Ids that the
@@ -290,28 +299,56 @@ impl Shared {
         } else {
             &self.added_without_special
         };
+        let normalizer = self.encoder.get_normalizer();
+        let pre_tokenizer = self.encoder.get_pre_tokenizer();
+        let encoding = self.encode_with(text, added, normalizer, pre_tokenizer)?;
+        if options.parse_special {
+            return Ok(encoding.get_ids().to_vec());
+        }
+        Ok(self.plain_ids(&encoding))
+    }
+
+    /// Encodes a text that continues another.
+    fn encode_continuation(&self, text: &str) -> Result<Vec<u32>, TextError> {
+        let Continuation {
+            normalizer,
+            pre_tokenizer,
+        } = &self.continuation;
+        let added = &self.added_without_special;
+        let encoding =
+            self.encode_with(text, added, normalizer.as_ref(), pre_tokenizer.as_ref())?;
+        Ok(self.plain_ids(&encoding))
+    }
+
+    fn encode_with(
+        &self,
+        text: &str,
+        added: &AddedVocabulary,
+        normalizer: Option<&NormalizerWrapper>,
+        pre_tokenizer: Option<&PreTokenizerWrapper>,
+    ) -> Result<Encoding, TextError> {
         let failed = |error: tokenizers::Error| TextError::Encode {
             detail: error.to_string(),
         };
-        let mut pieces = added.extract_and_normalize(self.encoder.get_normalizer(), text);
-        if let Some(pre_tokenizer) = self.encoder.get_pre_tokenizer() {
+        let mut pieces = added.extract_and_normalize(normalizer, text);
+        if let Some(pre_tokenizer) = pre_tokenizer {
             pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
         }
         self.encoder
             .get_model()
             .tokenize_in_pretokenized(&mut pieces, None)
             .map_err(failed)?;
-        let encoding = pieces
+        pieces
             .into_encoding(None, 0, OffsetType::None)
-            .map_err(failed)?;
-        if options.parse_special {
-            return Ok(encoding.get_ids().to_vec());
-        }
+            .map_err(failed)
+    }
+
+    fn plain_ids(&self, encoding: &Encoding) -> Vec<u32> {
         let mut ids = Vec::with_capacity(encoding.len());
         for &id in encoding.get_ids() {
             self.push_plain(id, &mut ids);
         }
-        Ok(ids)
+        ids
     }
 
     /// Appends a token of plain text. Some models' plain vocabulary holds the names of special
@@ -338,4 +375,14 @@ impl Shared {
             }
         }
     }
+}
+
+/// Runs code of the `tokenizers` crate, which panics on some inputs, and turns a panic into an
+/// error.
+fn guard<T>(work: impl FnOnce() -> Result<T, TextError>) -> Result<T, TextError> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        Err(TextError::Encode {
+            detail: panic_message(&*panic),
+        })
+    })
 }

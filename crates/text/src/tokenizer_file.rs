@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use ahash::{AHashMap, AHashSet};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, SeqAccess, Visitor};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokenizers::models::bpe::BPE;
 use tokenizers::models::unigram::Unigram;
 use tokenizers::models::wordlevel::WordLevel;
@@ -166,8 +166,15 @@ impl<'de> Deserialize<'de> for Merge {
 pub(crate) struct BuiltTokenizer {
     /// Without post-processor and decoder: special tokens and decoding are done in this crate.
     pub(crate) encoder: tokenizers::Tokenizer,
+    pub(crate) continuation: Continuation,
     /// Largest id plus one.
     pub(crate) vocab_size: usize,
+}
+
+/// The encoder's first steps for a text that continues another: they do not put a space in front.
+pub(crate) struct Continuation {
+    pub(crate) normalizer: Option<NormalizerWrapper>,
+    pub(crate) pre_tokenizer: Option<PreTokenizerWrapper>,
 }
 
 impl TokenizerFile {
@@ -228,12 +235,19 @@ impl TokenizerFile {
         let built = guard(|| {
             let (model, largest_id) = model.build(&added_tokens, id_limit)?;
             let mut encoder = tokenizers::Tokenizer::new(model);
-            if !normalizer.is_null() {
-                let part: NormalizerWrapper = part_from_value("normalizer", normalizer)?;
+            let continuation = Continuation {
+                normalizer: part_from_value("normalizer", without_space(normalizer.clone()))?,
+                pre_tokenizer: part_from_value(
+                    "pre_tokenizer",
+                    without_space(pre_tokenizer.clone()),
+                )?,
+            };
+            if let Some(part) = part_from_value::<NormalizerWrapper>("normalizer", normalizer)? {
                 encoder.with_normalizer(Some(part)).map_err(inconsistent)?;
             }
-            if !pre_tokenizer.is_null() {
-                let part: PreTokenizerWrapper = part_from_value("pre_tokenizer", pre_tokenizer)?;
+            if let Some(part) =
+                part_from_value::<PreTokenizerWrapper>("pre_tokenizer", pre_tokenizer)?
+            {
                 encoder.with_pre_tokenizer(Some(part));
             }
             encoder
@@ -242,6 +256,7 @@ impl TokenizerFile {
             let largest_id = check_added_ids(&encoder, &added_tokens)?.max(largest_id);
             Ok(BuiltTokenizer {
                 encoder,
+                continuation,
                 vocab_size: largest_id as usize + 1,
             })
         })?;
@@ -424,13 +439,47 @@ fn check_added_ids(
     Ok(largest_id)
 }
 
+/// A part of the file; none if it is null.
 fn part_from_value<T: for<'de> Deserialize<'de>>(
     part: &'static str,
     value: Value,
-) -> Result<T, TextError> {
-    serde_json::from_value(value).map_err(|error| TextError::TokenizerJson {
-        detail: format!("{part}: {error}"),
-    })
+) -> Result<Option<T>, TextError> {
+    if value.is_null() {
+        return Ok(None);
+    }
+    serde_json::from_value(value)
+        .map(Some)
+        .map_err(|error| TextError::TokenizerJson {
+            detail: format!("{part}: {error}"),
+        })
+}
+
+/// A normalizer or pre-tokenizer that puts no space in front of the text.
+fn without_space(mut part: Value) -> Value {
+    for list in ["normalizers", "pretokenizers"] {
+        for inner in part
+            .get_mut(list)
+            .and_then(Value::as_array_mut)
+            .into_iter()
+            .flatten()
+        {
+            *inner = without_space(inner.take());
+        }
+    }
+    match part.get("type").and_then(Value::as_str) {
+        Some("Prepend") => json!({ "type": "Sequence", "normalizers": [] }),
+        Some("ByteLevel") => {
+            part["add_prefix_space"] = false.into();
+            part
+        }
+        Some("Metaspace") => {
+            part["prepend_scheme"] = "never".into();
+            // The older name for the same, which would contradict it.
+            part["add_prefix_space"] = false.into();
+            part
+        }
+        _ => part,
+    }
 }
 
 fn inconsistent(error: impl fmt::Display) -> TextError {

@@ -1,10 +1,12 @@
 //! Tests of the text crate through its public interface.
 
+mod banned;
 mod chat;
 mod encode;
 mod hostile;
 mod stop;
 mod stream;
+mod vocabulary;
 
 use std::path::PathBuf;
 

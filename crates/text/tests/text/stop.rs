@@ -107,18 +107,52 @@ fn overlapping_stop_strings() {
 }
 
 #[test]
-fn ten_thousand_stop_strings() {
-    let stops: Vec<String> = (0..10_000)
+fn a_thousand_stop_strings() {
+    let stops: Vec<String> = (0..1_024)
         .map(|number| format!("stop {number:05}!"))
         .collect();
     let mut matcher = StopMatcher::new(&stops).expect("valid");
-    let step = matcher.push("stop 0999");
+    let step = matcher.push("stop 0099");
     assert_eq!((step.text.as_str(), step.matched), ("", None));
-    let step = matcher.push("x stop 09998! more");
+    let step = matcher.push("x stop 00998! more");
     assert_eq!(
         (step.text.as_str(), step.matched),
-        ("stop 0999x ", Some(9_998))
+        ("stop 0099x ", Some(998))
     );
+}
+
+#[test]
+fn lists_that_are_too_long_are_refused() {
+    let many: Vec<String> = (0..10_000).map(|number| format!("stop {number}")).collect();
+    let list = "stop";
+    let refused = |stops: &[String]| StopMatcher::new(stops).err();
+    assert_eq!(
+        refused(&many),
+        Some(TextError::TooManyStrings {
+            list,
+            found: 10_000,
+            limit: 1_024
+        })
+    );
+    assert_eq!(
+        refused(&["a".to_owned(), "a".repeat(4_097)]),
+        Some(TextError::StringTooLong {
+            list,
+            index: 1,
+            bytes: 4_097,
+            limit: 4_096
+        })
+    );
+    let long: Vec<String> = (0..257).map(|_| "a".repeat(4_096)).collect();
+    assert_eq!(
+        refused(&long),
+        Some(TextError::StringsTooLong {
+            list,
+            bytes: 257 * 4_096,
+            limit: 1 << 20
+        })
+    );
+    assert!(refused(&long[..256]).is_none());
 }
 
 #[test]
@@ -131,5 +165,11 @@ fn no_stop_strings_hold_nothing_back() {
 #[test]
 fn empty_stop_strings_are_refused() {
     let refused = StopMatcher::new(&["a", ""]).err();
-    assert_eq!(refused, Some(TextError::EmptyStopString { index: 1 }));
+    assert_eq!(
+        refused,
+        Some(TextError::EmptyString {
+            list: "stop",
+            index: 1
+        })
+    );
 }
