@@ -44,6 +44,20 @@ pub trait DeviceMemory: Send + Sync + 'static {
         destination: &mut Self::Buffer,
         bytes: usize,
     ) -> Result<(), DeviceError>;
+
+    /// Copies `bytes` bytes of `buffer` from byte `from` to byte `to` of it, in order with
+    /// everything enqueued before and after.
+    ///
+    /// # Errors
+    /// The device failed. Ranges past the buffer's end, or ranges that overlap, are a caller's
+    /// mistake: the first panics, the second leaves `to` unspecified.
+    fn copy_within(
+        &self,
+        buffer: &mut Self::Buffer,
+        from: usize,
+        to: usize,
+        bytes: usize,
+    ) -> Result<(), DeviceError>;
 }
 
 /// Scratch memory and the inputs of a step.

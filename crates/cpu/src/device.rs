@@ -172,6 +172,19 @@ impl DeviceMemory for CpuDevice {
         destination.as_mut_slice::<u8>()[..bytes].copy_from_slice(&source.as_slice()[..bytes]);
         Ok(())
     }
+
+    fn copy_within(
+        &self,
+        buffer: &mut HostBuffer,
+        from: usize,
+        to: usize,
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
+        buffer
+            .as_mut_slice::<u8>()
+            .copy_within(from..from + bytes, to);
+        Ok(())
+    }
 }
 
 impl StepOps for CpuDevice {

@@ -12,7 +12,9 @@ use oxllama_format::AdapterSource;
 use crate::lora::{AdaptedLayer, Adapters, Slot};
 use crate::stage::Activations;
 use crate::weights::{LayerLinears, LayerNorms};
-use crate::{AdapterId, LayerSpec, ModelError, ModelSpec, Runner, RunnerLimits, StepPlan};
+use crate::{
+    AdapterId, LayerSpec, ModelError, ModelSpec, PageCopy, Runner, RunnerLimits, StepPlan,
+};
 
 /// One layer on its device.
 pub(crate) struct Layer<D: Device> {
@@ -78,6 +80,27 @@ impl<D: Device> Decoder<D> {
             head_width,
             adapters,
         }
+    }
+
+    /// Copies pages in every layer's keys and values.
+    fn copy_pages(&mut self, copies: &[PageCopy]) -> Result<(), ModelError> {
+        for stage in &mut self.stages {
+            for layer in &mut stage.layers {
+                let KvLayer {
+                    shape,
+                    keys,
+                    values,
+                } = &mut layer.cache;
+                let (key_bytes, value_bytes) = (shape.key_page_bytes(), shape.value_page_bytes());
+                for copy in copies {
+                    for (buffer, bytes) in [(&mut *keys, key_bytes), (&mut *values, value_bytes)] {
+                        let (from, to) = (copy.from as usize * bytes, copy.to as usize * bytes);
+                        stage.device.copy_within(buffer, from, to, bytes)?;
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Runs the step's rows through embedding and layers; the last stage's `hidden` holds
@@ -192,6 +215,10 @@ impl<D: Device> Runner for Decoder<D> {
     fn run(&mut self, step: &StepPlan) -> Result<&[f32], ModelError> {
         step.check(&self.limits, self.spec.vocab_size)?;
         self.adapters.begin_step(step)?;
+        self.copy_pages(&step.page_copies)?;
+        if step.token_ids.is_empty() {
+            return Ok(&[]);
+        }
         self.forward(step)?;
         if step.logit_rows.is_empty() {
             return Ok(&[]);

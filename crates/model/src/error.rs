@@ -244,6 +244,17 @@ pub enum ModelError {
         loaded: Vec<u32>,
     },
 
+    /// A copy from or to a page that cannot be.
+    #[error("copy {index} of a step names page {page}: expected {expected}")]
+    PageCopy {
+        /// Which of the step's copies.
+        index: usize,
+        /// The page id found.
+        page: u32,
+        /// The page ids that would do.
+        expected: String,
+    },
+
     /// A device failed or refused.
     #[error(transparent)]
     Device(Box<DeviceError>),

@@ -28,5 +28,5 @@ pub use load::{LoadOptions, LoadProgress};
 pub use lora::{AdapterId, NO_ADAPTER};
 pub use plan::{Footprint, ModelPlan, ModelRequest, plan_model};
 pub use rope::{RopeOverrides, RopeScaling, RopeSpec, rope};
-pub use runner::{Runner, RunnerLimits, StepPlan};
+pub use runner::{PageCopy, Runner, RunnerLimits, StepPlan};
 pub use spec::{Biases, BlockShape, LayerSpec, ModelSpec, NormSpec};

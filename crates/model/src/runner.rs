@@ -17,13 +17,14 @@ pub trait Runner: Send {
     /// The largest steps that were planned for.
     fn limits(&self) -> &RunnerLimits;
 
-    /// Runs one step: writes every row's keys and values to its page and returns the logits
-    /// of `step.logit_rows`, f32 `[logit_rows, vocab_size]` with padding removed, valid until
+    /// Runs one step: copies pages, writes every row's keys and values to its page and returns
+    /// the logits of `step.logit_rows`, f32 `[logit_rows, vocab_size]` with padding removed, valid until
     /// the next call. Allocates nothing.
     ///
     /// # Errors
     /// The step breaks a limit or its arrays disagree (nothing has run then), or a device
-    /// failed (the pages of the step's rows are unspecified then; others are intact).
+    /// failed (the pages copied to and those of the step's rows are unspecified then; others
+    /// are intact).
     fn run(&mut self, step: &StepPlan) -> Result<&[f32], ModelError>;
 
     /// Loads a LoRA adapter, whose effect is multiplied by `scale`, beside the model: its
@@ -61,9 +62,21 @@ pub struct RunnerLimits {
     pub context_tokens: usize,
 }
 
+/// A page of the cache to be copied to another, in every layer, keys and values alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageCopy {
+    /// The page read.
+    pub from: u32,
+    /// The page overwritten, all of it.
+    pub to: u32,
+}
+
 /// The rows of one step: flat arrays, owned and reused (`clear`, then push).
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StepPlan {
+    /// Pages copied one after the other before any row is written, so that rows of this step
+    /// can already continue what was copied. A step may consist of copies alone.
+    pub page_copies: Vec<PageCopy>,
     /// `[rows]`: the token of each row.
     pub token_ids: Vec<u32>,
     /// `[rows]`: its position in its sequence; rows of one sequence ascend.
@@ -84,6 +97,7 @@ pub struct StepPlan {
 impl StepPlan {
     /// Empties every array, keeping their memory.
     pub fn clear(&mut self) {
+        self.page_copies.clear();
         self.token_ids.clear();
         self.positions.clear();
         self.row_sequences.clear();
@@ -109,6 +123,7 @@ impl StepPlan {
     /// # Errors
     /// The first rule broken, with the value found and the bound.
     pub fn check(&self, limits: &RunnerLimits, vocab_size: usize) -> Result<(), ModelError> {
+        self.check_copies(limits)?;
         self.check_extents(limits)?;
         for (row, &token_id) in self.token_ids.iter().enumerate() {
             if token_id as usize >= vocab_size {
@@ -133,10 +148,35 @@ impl StepPlan {
         }
     }
 
+    /// Both ends of every copy.
+    fn check_copies(&self, limits: &RunnerLimits) -> Result<(), ModelError> {
+        for (index, &PageCopy { from, to }) in self.page_copies.iter().enumerate() {
+            if let Some(page) = [from, to]
+                .into_iter()
+                .find(|&page| page as usize >= limits.pages)
+            {
+                return Err(ModelError::PageCopy {
+                    index,
+                    page,
+                    expected: format!("one below the {} pages of the cache", limits.pages),
+                });
+            }
+            if from == to {
+                return Err(ModelError::PageCopy {
+                    index,
+                    page: from,
+                    expected: "another page to copy to".to_owned(),
+                });
+            }
+        }
+        Ok(())
+    }
+
     /// Array lengths against each other and against `limits`.
     fn check_extents(&self, limits: &RunnerLimits) -> Result<(), ModelError> {
         let rows = self.token_ids.len();
-        if rows == 0 || rows > limits.max_rows {
+        let copies_alone = rows == 0 && !self.page_copies.is_empty();
+        if rows > limits.max_rows || (rows == 0 && !copies_alone) {
             return Err(step_error("rows", rows, from_one(limits.max_rows)));
         }
         for (what, found) in [
@@ -150,6 +190,10 @@ impl StepPlan {
                     format!("one for each of {rows} rows"),
                 ));
             }
+        }
+        if copies_alone {
+            // Logit rows are held against the step's rows, of which there are none.
+            return Ok(());
         }
         let width = self.pages_per_sequence;
         if width == 0 || width > limits.pages_per_sequence {
@@ -277,6 +321,7 @@ mod tests {
 
     fn valid() -> StepPlan {
         StepPlan {
+            page_copies: vec![PageCopy { from: 7, to: 1 }],
             token_ids: vec![1, 2, 3],
             positions: vec![255, 256, 0],
             row_sequences: vec![0, 0, 1],
@@ -353,10 +398,38 @@ mod tests {
                 broken(|step| step.page_tables[1] = 8),
                 "sequence 0 has page 8 at place 1 of its table: expected one below the 8 pages",
             ),
+            (
+                broken(|step| step.page_copies[0].to = 8),
+                "copy 0 of a step names page 8: expected one below the 8 pages",
+            ),
+            (
+                broken(|step| step.page_copies[0].from = u32::MAX),
+                "names page 4294967295: expected one below the 8 pages",
+            ),
+            (
+                broken(|step| step.page_copies.push(PageCopy { from: 2, to: 2 })),
+                "copy 1 of a step names page 2: expected another page to copy to",
+            ),
+            (
+                broken(|step| step.token_ids.clear()),
+                "3 positions: expected one for each of 0 rows",
+            ),
         ];
         for (message, expected) in cases {
             assert!(message.contains(expected), "{message:?} lacks {expected:?}");
         }
+    }
+
+    #[test]
+    fn copies_need_no_rows_but_logits_do() {
+        let mut step = StepPlan {
+            page_copies: vec![PageCopy { from: 0, to: 3 }, PageCopy { from: 3, to: 0 }],
+            ..StepPlan::default()
+        };
+        step.check(&LIMITS, 10).unwrap();
+        step.logit_rows.push(0);
+        let message = step.check(&LIMITS, 10).unwrap_err().to_string();
+        assert!(message.contains("0 as a logit row: expected one below the 0 rows"));
     }
 
     #[test]
@@ -367,7 +440,6 @@ mod tests {
             row_sequences: vec![0],
             page_tables: vec![0],
             pages_per_sequence: 1,
-            logit_rows: vec![],
             ..StepPlan::default()
         };
         let message = step.check(&LIMITS, 10).unwrap_err().to_string();

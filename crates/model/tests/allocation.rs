@@ -10,7 +10,8 @@ use oxllama_cpu::{CpuDevice, CpuOptions};
 use oxllama_format::{AdapterSource, ModelSource};
 use oxllama_memory::{Bytes, DeviceId, DeviceInfo, Inventory, Ledger};
 use oxllama_model::{
-    Decoder, LoadOptions, ModelRequest, ModelSpec, NO_ADAPTER, Runner, StepPlan, plan_model,
+    Decoder, LoadOptions, ModelRequest, ModelSpec, NO_ADAPTER, PageCopy, Runner, StepPlan,
+    plan_model,
 };
 
 /// The system's allocator with a counter.
@@ -57,6 +58,10 @@ fn step(is_prompt: bool) -> StepPlan {
         }
         step.logit_rows.push(step.token_ids.len() as u32 - 1);
     }
+    if !is_prompt {
+        // There and back: the sequences' pages end as they were.
+        step.page_copies = vec![PageCopy { from: 1, to: 2 }, PageCopy { from: 2, to: 1 }];
+    }
     step
 }
 
@@ -75,7 +80,7 @@ fn allocations<D: Device>(
     let ledger = Ledger::new(&inventory);
     let devices = vec![device(DeviceId::cpu(0)), device(DeviceId::cpu(1))];
     let request = ModelRequest {
-        batch: 2,
+        batch: 3,
         context_tokens: Some(64),
         policy: oxllama_memory::Policy::Balanced,
         ..ModelRequest::default()

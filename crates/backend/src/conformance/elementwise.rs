@@ -38,6 +38,13 @@ pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), Conformance
             scatter_add(bench, rows, width, &mut random)
         })?;
     }
+    for (from, to, elements) in [(0, 64, 37), (96, 32, 64), (5, 6, 1)] {
+        let name = format!("copy within, {elements} from {from} to {to}");
+        let mut random = Random::for_case(&name);
+        suite.case(name, 0.0, |bench| {
+            copy_within(bench, [from, to, elements], &mut random)
+        })?;
+    }
     for (scale, softcap) in [
         (1.0, None),
         (0.0625, None),
@@ -265,6 +272,23 @@ fn add<D: Device>(
         .collect();
     let found = bench.read(&out, elements)?;
     Ok(oracle::worst_error(&found, &expected, elements))
+}
+
+/// Copies inside a buffer of 160 elements; what lies outside the destination stays.
+fn copy_within<D: Device>(
+    bench: &Bench<'_, D>,
+    [from, to, elements]: [usize; 3],
+    random: &mut Random,
+) -> Result<f64, CaseError> {
+    let mut expected = random.uniforms(160, -1.0, 1.0);
+    let mut buffer = bench.upload(&expected)?;
+    let [from_byte, to_byte, bytes] = [from, to, elements].map(|count| count * size_of::<f32>());
+    bench
+        .device
+        .copy_within(&mut buffer, from_byte, to_byte, bytes)?;
+    expected.copy_within(from..from + elements, to);
+    let found = bench.read(&buffer, expected.len())?;
+    Ok(differing_bits(&found, &expected))
 }
 
 fn gather<D: Device>(

@@ -38,6 +38,19 @@ impl DeviceMemory for ReferenceDevice {
         destination.as_mut_slice::<u8>()[..bytes].copy_from_slice(&source.as_slice()[..bytes]);
         Ok(())
     }
+
+    fn copy_within(
+        &self,
+        buffer: &mut HostBuffer,
+        from: usize,
+        to: usize,
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
+        buffer
+            .as_mut_slice::<u8>()
+            .copy_within(from..from + bytes, to);
+        Ok(())
+    }
 }
 
 /// How one rope of the current step pairs up dimensions.

@@ -42,6 +42,10 @@ impl DeviceMemory for FaultyDevice {
     ) -> Result {
         self.0.copy_from_peer(source, destination, bytes)
     }
+
+    fn copy_within(&self, buffer: &mut HostBuffer, from: usize, to: usize, bytes: usize) -> Result {
+        self.0.copy_within(buffer, from, to, bytes)
+    }
 }
 
 impl StepOps for FaultyDevice {

@@ -1,6 +1,7 @@
 //! Whole models: loaded by plan, run on the scalar backend, held against other programs.
 
 mod adapters;
+mod cache;
 mod families;
 mod files;
 mod harness;
