@@ -34,6 +34,33 @@ pub trait DeviceMemory: Send + Sync + 'static {
     /// The device failed. `destination` longer than `source` is a caller's mistake and panics.
     fn download(&self, source: &Self::Buffer, destination: &mut [u8]) -> Result<(), DeviceError>;
 
+    /// The whole buffer where the host may read and write it in place, after everything
+    /// enqueued before, aligned for f32: saves a copy of what the host reads anyway. `None`
+    /// for memory that is not the host's.
+    fn host_memory<'a>(&self, _buffer: &'a mut Self::Buffer) -> Option<&'a mut [u8]> {
+        None
+    }
+
+    /// The first `elements` f32 of a buffer for the host to read and change: in place where
+    /// there is [`Self::host_memory`], otherwise in `copy`, which must hold them then and may
+    /// be empty if not.
+    ///
+    /// # Errors
+    /// The device failed. A buffer or copy too short is a caller's mistake and panics.
+    fn read_f32<'a>(
+        &self,
+        source: &'a mut Self::Buffer,
+        elements: usize,
+        copy: &'a mut [f32],
+    ) -> Result<&'a mut [f32], DeviceError> {
+        if let Some(copy) = copy.get_mut(..elements) {
+            self.download(source, bytemuck::cast_slice_mut(copy))?;
+        }
+        let values = self.host_memory(source);
+        let values = values.map_or(copy, bytemuck::cast_slice_mut);
+        Ok(&mut values[..elements])
+    }
+
     /// Copies the first `bytes` of a buffer on a device of the same backend (perhaps this one).
     ///
     /// # Errors

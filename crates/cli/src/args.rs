@@ -70,6 +70,11 @@ pub(crate) struct PlacementArgs {
     #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
     pub(crate) chunk: Option<u64>,
 
+    /// Tokens of the key/value cache, all sequences together [default: the context of every
+    /// sequence]
+    #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
+    pub(crate) cache_tokens: Option<u64>,
+
     /// Format of the key/value cache: 16, 32, 8.5, 6.5 (keys 8.5, values 4.5) or 4.5 bits a
     /// number
     #[arg(long, value_enum, default_value_t = CacheKind::Fp16, help_heading = "Placement")]

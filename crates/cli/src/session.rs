@@ -139,6 +139,7 @@ pub(crate) fn request(placement: &PlacementArgs, size: StepSize) -> ModelRequest
     let chunk_tokens = placement.chunk.unwrap_or(size.chunk_tokens);
     ModelRequest {
         context_tokens: placement.context,
+        cache_tokens: placement.cache_tokens,
         batch: size.batch,
         chunk_tokens,
         logit_rows: size.logit_rows.min(chunk_tokens),

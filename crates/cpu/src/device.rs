@@ -163,6 +163,10 @@ impl DeviceMemory for CpuDevice {
         Ok(())
     }
 
+    fn host_memory<'a>(&self, buffer: &'a mut HostBuffer) -> Option<&'a mut [u8]> {
+        Some(buffer.as_mut_slice())
+    }
+
     fn copy_from_peer(
         &self,
         source: &HostBuffer,

@@ -215,6 +215,8 @@ pub struct StepLimits {
     pub batch: u64,
     /// Tokens of context of one sequence.
     pub context_tokens: u64,
+    /// Tokens of the cache, all sequences together: whole pages.
+    pub cache_tokens: u64,
 }
 
 /// The memory that a step needs besides weights and cache, as the backend allocates it.

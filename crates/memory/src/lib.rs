@@ -44,6 +44,7 @@
 //!     footprint: &footprint,
 //!     workspace: &workspace,
 //!     context_tokens: None, // the longest that fits
+//!     cache_tokens: None, // room for `batch` such contexts
 //!     batch: 1,
 //!     chunk_tokens: 512,
 //!     cache: CacheFormat::F16,

@@ -44,6 +44,7 @@ fn check_alternative(inventory: &Inventory, asked: &PlanRequest<'_>, alternative
     for change in &alternative.changes {
         match change {
             Change::Context { tokens } => changed.context_tokens = Some(*tokens),
+            Change::CacheTokens { tokens } => changed.cache_tokens = Some(*tokens),
             Change::Batch { sequences } => changed.batch = *sequences,
             Change::Chunk { tokens } => changed.chunk_tokens = *tokens,
             Change::Cache { format } => changed.cache = *format,
@@ -87,6 +88,13 @@ fn check_alternative(inventory: &Inventory, asked: &PlanRequest<'_>, alternative
                 },
             )
         }
+        Change::CacheTokens { tokens } => is_feasible(
+            &devices,
+            &PlanRequest {
+                cache_tokens: Some(tokens + 1),
+                ..changed
+            },
+        ),
         Change::Batch { sequences } => is_feasible(
             &devices,
             &PlanRequest {
@@ -191,6 +199,47 @@ fn too_long_a_context() {
             &asked
         ));
     }
+}
+
+#[test]
+fn too_large_a_cache_for_all_sequences() {
+    let footprint = llama_70b(400);
+    let base = PlanRequest {
+        context_tokens: Some(8192),
+        cache_tokens: Some(1 << 20),
+        batch: 8,
+        ..request(&footprint, &llama_70b_workspace)
+    };
+    let devices = gib(&[24, 24]);
+    let found = infeasible(&devices, &base);
+    assert_eq!(found.binding, BindingConstraint::CacheTokens);
+    for alternative in &found.nearest {
+        check_alternative(&devices, &base, alternative);
+    }
+    let Some(Change::CacheTokens { tokens }) = change_named(&found, "cache_tokens") else {
+        panic!("no smaller cache is offered: {found}");
+    };
+    // Eight sequences of that context do not fit, but share what does.
+    assert!((8192..8 * 8192).contains(&tokens), "{tokens}");
+    let message = found.to_string();
+    assert!(message.contains("cache f16 of 1048576 tokens"), "{message}");
+    assert!(message.contains("a cache of at most "), "{message}");
+
+    // A context that needs the whole cache shrinks along with it.
+    let alone = PlanRequest {
+        context_tokens: Some(131_072),
+        cache_tokens: Some(131_072),
+        ..base.clone()
+    };
+    let found = infeasible(&devices, &alone);
+    let both = found.nearest.iter().find(|alternative| {
+        matches!(
+            alternative.changes[..],
+            [Change::CacheTokens { tokens }, Change::Context { tokens: context }]
+                if tokens == context
+        )
+    });
+    check_alternative(&devices, &alone, both.expect("a smaller cache and context"));
 }
 
 #[test]
@@ -467,6 +516,7 @@ proptest! {
         context in 0..1000_u64,
         (batch, chunk_tokens) in (1..5_u64, 1..20_u64),
         cache in proptest::sample::select(&CacheFormat::ALL[..]),
+        pool in proptest::option::of(0..100_u64),
         cap in proptest::option::of(1..60_u64),
         balanced: bool,
     ) {
@@ -477,8 +527,10 @@ proptest! {
         };
         let sizes: Vec<Bytes> = sizes.into_iter().map(Bytes).collect();
         let devices = inventory(&sizes);
+        let context = 1 + context % footprint.max_context_tokens;
         let asked = PlanRequest {
-            context_tokens: Some(1 + context % footprint.max_context_tokens),
+            context_tokens: Some(context),
+            cache_tokens: pool.map(|beyond| context + beyond),
             batch,
             chunk_tokens,
             cache,

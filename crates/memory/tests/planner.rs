@@ -408,6 +408,80 @@ fn absurd_numbers_neither_overflow_nor_hang() {
 }
 
 #[test]
+fn the_cache_has_a_size_of_its_own() {
+    let footprint = llama_70b(400);
+    let devices = gib(&[24, 24, 12]);
+    let base = PlanRequest {
+        batch: 32,
+        ..request(&footprint, &llama_70b_workspace)
+    };
+    // 32 sequences of 8192 tokens would take 80 GiB.
+    let shared = PlanRequest {
+        context_tokens: Some(8192),
+        cache_tokens: Some(20_000),
+        ..base.clone()
+    };
+    let found = plan(&devices, &shared).unwrap();
+    assert_eq!(found.cache_tokens, 20_224); // 79 pages
+    assert_eq!(
+        found.totals.kv_cache,
+        Bytes(20_224 * 80 * 2 * 1024 * 2) // layers, keys and values, width, fp16
+    );
+    assert_eq!(found.context_tokens, 8192);
+    assert_eq!(found.max_context_tokens, 20_224);
+    let table = found.to_string();
+    assert!(
+        table.contains("cache f16 of 20224 tokens for all sequences"),
+        "{table}"
+    );
+    assert!(table.contains("20224 tokens (the whole cache)"), "{table}");
+
+    // Left open, a context is as long as the cache.
+    let open = PlanRequest {
+        context_tokens: None,
+        ..shared.clone()
+    };
+    assert_eq!(plan(&devices, &open).unwrap().context_tokens, 20_224);
+
+    // Whole pages are what there is.
+    let just_enough = PlanRequest {
+        context_tokens: Some(20_224),
+        ..shared.clone()
+    };
+    assert_eq!(plan(&devices, &just_enough).unwrap().context_tokens, 20_224);
+    let beyond = PlanRequest {
+        context_tokens: Some(20_225),
+        ..shared.clone()
+    };
+    let error = plan(&devices, &beyond).unwrap_err();
+    assert_eq!(
+        error,
+        PlanError::ContextBeyondCache {
+            asked: 20_225,
+            cache_tokens: 20_224,
+        }
+    );
+    assert_eq!(
+        error.to_string(),
+        "a context of 20225 tokens does not fit a cache of 20224 tokens: ask for a context of \
+         at most 20224 tokens, or for a cache of at least 20225"
+    );
+    let none = PlanRequest {
+        cache_tokens: Some(0),
+        ..base.clone()
+    };
+    assert_eq!(
+        plan(&devices, &none),
+        Err(PlanError::Zero { what: "the cache" })
+    );
+    let endless = PlanRequest {
+        cache_tokens: Some(u64::MAX),
+        ..base
+    };
+    assert!(plan(&devices, &endless).is_err());
+}
+
+#[test]
 fn a_plan_reads_as_a_table() {
     let footprint = llama_70b(400);
     let asked = PlanRequest {

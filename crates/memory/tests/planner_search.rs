@@ -20,6 +20,8 @@ struct Case {
     workspace: [u64; 5],
     devices: Vec<u64>,
     context_tokens: Option<u64>,
+    /// At least the context asked for.
+    cache_tokens: Option<u64>,
     batch: u64,
     chunk_tokens: u64,
     cache: CacheFormat,
@@ -61,6 +63,7 @@ impl Case {
             |role: &DeviceRole, limits: &StepLimits| workspace_of(self.workspace, role, limits);
         let request = PlanRequest {
             context_tokens: self.context_tokens,
+            cache_tokens: self.cache_tokens,
             batch: self.batch,
             chunk_tokens: self.chunk_tokens,
             cache: self.cache,
@@ -81,7 +84,10 @@ impl Case {
         }
         let footprint = &self.footprint;
         let head = self.parts() - 1;
-        let pages = self.batch * context_tokens.div_ceil(footprint.page_tokens);
+        let pages = match self.cache_tokens {
+            Some(tokens) => tokens.div_ceil(footprint.page_tokens),
+            None => self.batch * context_tokens.div_ceil(footprint.page_tokens),
+        };
         let (mut weights, mut kv_cache, mut layers) = (0, 0, 0..0);
         for part in run.clone() {
             if part == 0 {
@@ -110,6 +116,7 @@ impl Case {
             chunk_tokens: self.chunk_tokens,
             batch: self.batch,
             context_tokens,
+            cache_tokens: pages * footprint.page_tokens,
         };
         [
             weights,
@@ -190,6 +197,14 @@ impl Case {
     fn check(&self, plan: &Plan) {
         let runs = self.runs(plan);
         assert_eq!(runs.last().map(|run| run.end), Some(self.parts()));
+        let page_tokens = self.footprint.page_tokens;
+        let pages = plan.context_tokens.div_ceil(page_tokens);
+        let in_all = match self.cache_tokens {
+            Some(tokens) => tokens.div_ceil(page_tokens),
+            None => self.batch * pages,
+        };
+        assert_eq!(plan.cache_tokens, in_all * page_tokens);
+        assert!(plan.context_tokens <= plan.cache_tokens);
         assert!(self.fits(&runs, plan.context_tokens));
         assert_eq!(plan.devices.len() + plan.unused.len(), self.devices.len());
         let used = runs
@@ -253,15 +268,18 @@ prop_compose! {
         workspace in [0..10_u64, 0..4, 0..3, 0..5, 0..2],
         devices in proptest::collection::vec(prop_oneof![4 => 0..300_u64, 1 => Just(0)], 1..5),
         context in proptest::option::of(0..1000_u64),
+        pool in proptest::option::of(0..30_u64),
         batch in 1..3_u64,
         chunk_tokens in 1..8_u64,
         cache in proptest::sample::select(&CacheFormat::ALL[..]),
         rates in proptest::option::of(proptest::collection::vec(1..9_u32, 4)),
     ) -> Case {
         let context_tokens = context.map(|context| 1 + context % footprint.max_context_tokens);
+        let cache_tokens = pool.map(|beyond| beyond + context_tokens.unwrap_or(1));
         let bandwidths = rates.map(|rates| rates.into_iter().map(f64::from).collect());
         Case {
-            footprint, workspace, devices, context_tokens, batch, chunk_tokens, cache, bandwidths,
+            footprint, workspace, devices, context_tokens, cache_tokens, batch, chunk_tokens,
+            cache, bandwidths,
         }
     }
 }
@@ -273,8 +291,12 @@ proptest! {
     fn fill_finds_a_placement_and_the_longest_context_whenever_there_is_one(case in cases()) {
         let ModelFootprint { page_tokens, max_context_tokens, .. } = case.footprint;
         let placements = case.placements();
-        let page_ends = (1..=max_context_tokens.div_ceil(page_tokens))
-            .map(|pages| (pages * page_tokens).min(max_context_tokens));
+        let in_cache = case.cache_tokens.map_or(u64::MAX, |tokens| {
+            tokens.div_ceil(page_tokens) * page_tokens
+        });
+        let longest_context = max_context_tokens.min(in_cache);
+        let page_ends = (1..=longest_context.div_ceil(page_tokens))
+            .map(|pages| (pages * page_tokens).min(longest_context));
         let longest =
             page_ends.rev().find(|&context| case.any_fits(&placements, context));
         let asked_fits = case.context_tokens.map(|context| case.any_fits(&placements, context));

@@ -54,9 +54,8 @@ pub struct Decoder<D: Device> {
     /// Stored out_features of the head.
     head_width: usize,
     adapters: Adapters<D>,
-    /// `[max_logit_rows, head_width]` as the device gives them.
-    raw_logits: Vec<u8>,
-    /// `[max_logit_rows, vocab_size]`
+    /// `[max_logit_rows, head_width]`: the host's copy of the logits. Empty where the device's
+    /// memory is the host's.
     logits: Vec<f32>,
 }
 
@@ -65,14 +64,17 @@ impl<D: Device> Decoder<D> {
         spec: ModelSpec,
         limits: RunnerLimits,
         ropes: Vec<Rope>,
-        stages: Vec<Stage<D>>,
+        mut stages: Vec<Stage<D>>,
         head_width: usize,
         adapters: Adapters<D>,
     ) -> Self {
-        let rows = limits.max_logit_rows;
+        let is_on_host = stages.last_mut().is_some_and(|stage| {
+            let logits = &mut stage.activations.logits;
+            stage.device.host_memory(logits).is_some()
+        });
+        let copied_rows = if is_on_host { 0 } else { limits.max_logit_rows };
         Self {
-            raw_logits: vec![0; rows * head_width * size_of::<f32>()],
-            logits: vec![0.0; rows * spec.vocab_size],
+            logits: vec![0.0; copied_rows * head_width],
             spec,
             limits,
             ropes,
@@ -147,8 +149,8 @@ impl<D: Device> Decoder<D> {
         Ok(())
     }
 
-    /// Makes the logits of `rows` of the last stage's hidden states and copies them to the
-    /// host without their padding.
+    /// Makes the logits of `rows` of the last stage's hidden states and returns them where the
+    /// host can read them, without their padding.
     fn make_logits(&mut self, rows: &[u32]) -> Result<&[f32], ModelError> {
         let Some(Stage {
             device,
@@ -187,19 +189,9 @@ impl<D: Device> Decoder<D> {
             softcap: self.spec.logit_softcap,
         };
         device.finish_logits(&mut activations.logits, args)?;
-        let row_bytes = self.head_width * size_of::<f32>();
-        let raw = &mut self.raw_logits[..rows.len() * row_bytes];
-        device.download(&activations.logits, raw)?;
-        let logits = &mut self.logits[..rows.len() * vocab_size];
-        let by_row = raw
-            .chunks_exact(row_bytes)
-            .zip(logits.chunks_exact_mut(vocab_size));
-        for (raw, logits) in by_row {
-            for (logit, bytes) in logits.iter_mut().zip(raw.as_chunks().0) {
-                *logit = f32::from_ne_bytes(*bytes);
-            }
-        }
-        Ok(&*logits)
+        let elements = rows.len() * self.head_width;
+        let logits = device.read_f32(&mut activations.logits, elements, &mut self.logits)?;
+        Ok(without_padding(logits, self.head_width, vocab_size))
     }
 }
 
@@ -238,6 +230,18 @@ impl<D: Device> Runner for Decoder<D> {
     fn unload_adapter(&mut self, id: AdapterId) -> Result<(), ModelError> {
         self.adapters.unload(id)
     }
+}
+
+/// Moves the first `width` of every `stored_width` elements together.
+fn without_padding(rows: &mut [f32], stored_width: usize, width: usize) -> &[f32] {
+    let count = rows.len() / stored_width;
+    if width < stored_width {
+        for row in 1..count {
+            let start = row * stored_width;
+            rows.copy_within(start..start + width, row * width);
+        }
+    }
+    &rows[..count * width]
 }
 
 /// One pass of a step's rows through the layers of a device.

@@ -437,7 +437,7 @@ fn runner_limits(plan: &ModelPlan) -> RunnerLimits {
         max_rows: step_rows(&limits),
         max_sequences,
         max_logit_rows: plan.logit_rows,
-        pages: max_sequences * pages_per_sequence,
+        pages: to_usize(limits.cache_tokens) / PAGE_TOKENS,
         pages_per_sequence,
         context_tokens,
     }

@@ -18,6 +18,8 @@ const NORM_ELEMENT_BYTES: u64 = 4;
 /// Bounds of a request that no machine reaches; they keep sizes far from overflow.
 const MAX_CHUNK_TOKENS: u64 = 1 << 20;
 const MAX_BATCH: u64 = 1 << 16;
+/// Pages are numbered in 32 bits.
+const MAX_CACHE_TOKENS: u64 = (PAGE_TOKENS as u64) << 31;
 
 /// What a model shall serve, and where.
 #[derive(Debug, Clone)]
@@ -25,7 +27,10 @@ pub struct ModelRequest {
     /// Tokens of context of each sequence; `None` for the longest that fits, up to the
     /// model's maximum.
     pub context_tokens: Option<u64>,
-    /// Sequences of full context held at a time.
+    /// Tokens of the cache, all sequences together, rounded up to whole pages; `None` for
+    /// `batch` sequences of full context. No sequence's context exceeds it.
+    pub cache_tokens: Option<u64>,
+    /// Sequences in one step.
     pub batch: u64,
     /// Tokens of one step, all sequences together.
     pub chunk_tokens: u64,
@@ -46,6 +51,7 @@ impl Default for ModelRequest {
     fn default() -> Self {
         Self {
             context_tokens: None,
+            cache_tokens: None,
             batch: 1,
             chunk_tokens: 512,
             logit_rows: 1,
@@ -73,6 +79,7 @@ impl ModelPlan {
             chunk_tokens: self.memory.chunk_tokens,
             batch: self.memory.batch,
             context_tokens: self.memory.context_tokens,
+            cache_tokens: self.memory.cache_tokens,
         }
     }
 }
@@ -189,6 +196,7 @@ impl<'a, D: Device> Footprint<'a, D> {
                 footprint: &self.model,
                 workspace: &workspace,
                 context_tokens: request.context_tokens,
+                cache_tokens: request.cache_tokens,
                 batch: request.batch,
                 chunk_tokens: request.chunk_tokens,
                 cache: request.cache,
@@ -197,15 +205,12 @@ impl<'a, D: Device> Footprint<'a, D> {
                 excluded: request.excluded.clone(),
             },
         )?;
-        let limits = StepLimits {
-            chunk_tokens: memory.chunk_tokens,
-            batch: memory.batch,
-            context_tokens: memory.context_tokens,
+        let mut plan = ModelPlan {
+            logit_rows: asked_logit_rows.max(to_usize(memory.batch)),
+            memory,
         };
-        let logit_rows = asked_logit_rows
-            .max(to_usize(memory.batch))
-            .min(step_rows(&limits));
-        Ok(ModelPlan { memory, logit_rows })
+        plan.logit_rows = plan.logit_rows.min(step_rows(&plan.step_limits()));
+        Ok(plan)
     }
 
     /// Refuses formats in which the model's heads cannot be kept.
@@ -264,6 +269,11 @@ fn check_request(request: &ModelRequest) -> Result<(), ModelError> {
             MAX_CHUNK_TOKENS,
         ),
         ("sequences", request.batch, MAX_BATCH),
+        (
+            "tokens in its cache",
+            request.cache_tokens.unwrap_or(1),
+            MAX_CACHE_TOKENS,
+        ),
     ] {
         if !(1..=most).contains(&found) {
             return Err(ModelError::Request {

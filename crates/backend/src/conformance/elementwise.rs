@@ -288,7 +288,14 @@ fn copy_within<D: Device>(
         .copy_within(&mut buffer, from_byte, to_byte, bytes)?;
     expected.copy_within(from..from + elements, to);
     let found = bench.read(&buffer, expected.len())?;
-    Ok(differing_bits(&found, &expected))
+    let in_place = match bench.device.host_memory(&mut buffer) {
+        Some(memory) => {
+            let bytes = memory.iter().zip(bytemuck::cast_slice::<f32, u8>(&found));
+            bytes.filter(|(here, read)| here != read).count()
+        }
+        None => 0,
+    };
+    Ok(differing_bits(&found, &expected) + in_place as f64)
 }
 
 fn gather<D: Device>(

@@ -29,6 +29,10 @@ impl DeviceMemory for ReferenceDevice {
         Ok(())
     }
 
+    fn host_memory<'a>(&self, buffer: &'a mut HostBuffer) -> Option<&'a mut [u8]> {
+        Some(buffer.as_mut_slice())
+    }
+
     fn copy_from_peer(
         &self,
         source: &HostBuffer,

@@ -34,6 +34,10 @@ impl DeviceMemory for FaultyDevice {
         self.0.download(source, destination)
     }
 
+    fn host_memory<'a>(&self, buffer: &'a mut HostBuffer) -> Option<&'a mut [u8]> {
+        self.0.host_memory(buffer)
+    }
+
     fn copy_from_peer(
         &self,
         source: &HostBuffer,

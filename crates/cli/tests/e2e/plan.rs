@@ -176,6 +176,23 @@ fn batch_and_cache_format_multiply_the_cache() {
     assert_eq!(kv_cache(&["--batch", "3"]), 3 * one);
     assert_eq!(kv_cache(&["--cache", "fp32"]), 2 * one);
     assert_eq!(kv_cache(&["--cache", "fp16"]), one);
+    // The pool of all sequences has a size of its own: one page here.
+    let pool = |more: &[&str]| plan_json(&model, &[&["--virtual-devices", "1GiB"], more].concat());
+    let shared = pool(&["--batch", "3", "--cache-tokens", "200"]);
+    assert_eq!(number(&shared["totals"]["kv_cache"]), one / 2);
+    assert_eq!(number(&shared["cache_tokens"]), 256);
+    assert_eq!(number(&shared["context_tokens"]), 256);
+    let text = plan(&model, &["--batch", "3", "--cache-tokens", "512"]).succeeded();
+    assert!(
+        text.stdout
+            .contains("cache f16 of 512 tokens for all sequences"),
+        "{}",
+        text.stdout
+    );
+    plan(&model, &["--context", "400", "--cache-tokens", "200"]).failed_with(&[
+        "a context of 400 tokens does not fit a cache of 256 tokens",
+        "a cache of at least 400",
+    ]);
     plan(&model, &["--batch", "0"]).failed_with(&["0 sequences", "expected 1 to"]);
 }
 

@@ -70,17 +70,10 @@ impl<'a> Chain<'a> {
         }
     }
 
-    /// Pages of cache in one layer, as tokens: batch × whole pages.
-    fn cache_tokens(&self, limits: &StepLimits) -> Option<u64> {
-        let page_tokens = self.footprint.page_tokens;
-        let pages = limits.context_tokens.div_ceil(page_tokens);
-        pages.checked_mul(page_tokens)?.checked_mul(limits.batch)
-    }
-
     fn kv_cache(&self, role: &DeviceRole, limits: &StepLimits) -> Option<Bytes> {
         let Range { start, end } = role.layers;
         let per_token = self.cache_sums[end].checked_sub(self.cache_sums[start])?;
-        per_token.checked_mul(self.cache_tokens(limits)?)
+        per_token.checked_mul(limits.cache_tokens)
     }
 
     /// What a device holding `parts` needs; `None` when that exceeds 64 bits.

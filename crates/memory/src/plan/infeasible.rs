@@ -22,7 +22,9 @@ const FEWEST_BITS_HUNDREDTHS: u64 = 200;
 pub struct Asked {
     /// Tokens of context; `None` when any would do.
     pub context_tokens: Option<u64>,
-    /// Sequences of full context held at a time.
+    /// Tokens of the cache, all sequences together; `None` for batch × context.
+    pub cache_tokens: Option<u64>,
+    /// Sequences in one step.
     pub batch: u64,
     /// Tokens of one step.
     pub chunk_tokens: u64,
@@ -60,6 +62,8 @@ pub enum BindingConstraint {
     Limits,
     /// With the shortest context the request fits.
     Context,
+    /// With a cache of fewer tokens, and no more context than that, the request fits.
+    CacheTokens,
     /// With a single sequence the request fits.
     Batch,
     /// With steps of a single token the request fits.
@@ -92,6 +96,7 @@ impl fmt::Display for BindingConstraint {
         match self {
             Self::Limits => formatter.write_str("caps, exclusions or split: without them it fits"),
             Self::Context => formatter.write_str("the cache for so long a context"),
+            Self::CacheTokens => formatter.write_str("the cache of so many tokens"),
             Self::Batch => formatter.write_str("the cache and workspace for so many sequences"),
             Self::Chunk => formatter.write_str("the workspace for so large a chunk"),
             Self::CacheAndWorkspace => {
@@ -126,6 +131,11 @@ pub enum Change {
     /// A shorter context.
     Context {
         /// The longest that fits.
+        tokens: u64,
+    },
+    /// A cache of fewer tokens.
+    CacheTokens {
+        /// The most that fit, in whole pages.
         tokens: u64,
     },
     /// Fewer sequences.
@@ -167,6 +177,9 @@ impl fmt::Display for Change {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Context { tokens } => write!(formatter, "a context of at most {tokens} tokens"),
+            Self::CacheTokens { tokens } => {
+                write!(formatter, "a cache of at most {tokens} tokens")
+            }
             Self::Batch { sequences } => write!(formatter, "a batch of at most {sequences}"),
             Self::Chunk { tokens } => write!(formatter, "a chunk of at most {tokens} tokens"),
             Self::Cache { format } => write!(formatter, "a cache of format {format}"),
@@ -240,6 +253,7 @@ pub(super) fn explain(
         model: request.footprint.name.clone(),
         asked: Asked {
             context_tokens: request.context_tokens,
+            cache_tokens: request.cache_tokens,
             batch: request.batch,
             chunk_tokens: request.chunk_tokens,
             cache: request.cache,
@@ -325,10 +339,22 @@ impl<'a> Finder<'a> {
             .min_by_key(|format| format.bytes_per_token(kv_elements))
     }
 
+    /// The request with a cache of so many tokens, and its context cut to that.
+    fn with_cache_tokens(&self, tokens: u64) -> PlanRequest<'a> {
+        let context = self.request.context_tokens;
+        PlanRequest {
+            context_tokens: context.map(|context| context.min(tokens)),
+            cache_tokens: Some(tokens),
+            ..self.request.clone()
+        }
+    }
+
     /// The request with the least context, batch, chunk and cache.
     fn smallest(&self) -> PlanRequest<'a> {
+        let one_page = self.request.footprint.page_tokens;
         PlanRequest {
             context_tokens: Some(shortest_context(self.request.footprint)),
+            cache_tokens: self.request.cache_tokens.map(|_| one_page),
             batch: 1,
             chunk_tokens: 1,
             cache: self.smallest_cache().unwrap_or(self.request.cache),
@@ -350,6 +376,11 @@ impl<'a> Finder<'a> {
             ..request.clone()
         }) {
             return BindingConstraint::Context;
+        }
+        if request.cache_tokens.is_some()
+            && self.feasible(&self.with_cache_tokens(request.footprint.page_tokens))
+        {
+            return BindingConstraint::CacheTokens;
         }
         if self.feasible(&PlanRequest {
             batch: 1,
@@ -416,6 +447,7 @@ impl<'a> Finder<'a> {
     fn alternatives(&self, devices: &[DeviceShortfall]) -> Vec<Alternative> {
         let smaller = [
             self.shorter_context(),
+            self.smaller_pool(),
             self.fewer_sequences(),
             self.smaller_chunk(),
         ];
@@ -449,6 +481,22 @@ impl<'a> Finder<'a> {
             ..self.request.clone()
         };
         self.alternative(self.slots, &changed, vec![Change::Context { tokens }])
+    }
+
+    fn smaller_pool(&self) -> Option<Alternative> {
+        let page_tokens = self.request.footprint.page_tokens;
+        let asked_pages = self.request.cache_tokens?.div_ceil(page_tokens);
+        let with = |pages: u64| self.with_cache_tokens(pages.saturating_mul(page_tokens));
+        let pages = largest(1, asked_pages, |pages| self.feasible(&with(pages)))?;
+        let changed = with(pages);
+        let tokens = changed.cache_tokens?;
+        let mut changes = vec![Change::CacheTokens { tokens }];
+        if let Some(tokens) = changed.context_tokens
+            && self.request.context_tokens != changed.context_tokens
+        {
+            changes.push(Change::Context { tokens });
+        }
+        self.alternative(self.slots, &changed, changes)
     }
 
     fn fewer_sequences(&self) -> Option<Alternative> {
@@ -491,7 +539,8 @@ impl<'a> Finder<'a> {
     }
 
     /// The smallest cache, then the shortest context, then a batch, and only then a chunk
-    /// as large as fits; finally the longest context that all this leaves room for.
+    /// as large as fits; finally the most tokens of cache and the longest context that all
+    /// this leaves room for.
     fn several_changes(&self) -> Option<Alternative> {
         let asked = self.request;
         let mut changed = PlanRequest {
@@ -513,6 +562,20 @@ impl<'a> Finder<'a> {
             self.feasible(&with_chunk(chunk))
         })?;
         changed = with_chunk(chunk);
+        if let Some(tokens) = asked.cache_tokens {
+            let page_tokens = asked.footprint.page_tokens;
+            let with_pages = |pages: u64| PlanRequest {
+                cache_tokens: Some(pages.saturating_mul(page_tokens)),
+                ..changed.clone()
+            };
+            let most = tokens.div_ceil(page_tokens);
+            let pages = largest(1, most, |pages| self.feasible(&with_pages(pages)))?;
+            changed = with_pages(pages);
+            if pages == most {
+                // Where nothing changes, the words of the request stay.
+                changed.cache_tokens = asked.cache_tokens;
+            }
+        }
         let longest = longest_context(&chain(&changed).ok()?, self.slots, &changed)?;
         let context = asked.context_tokens.map(|tokens| tokens.min(longest));
         changed.context_tokens = context;
@@ -520,6 +583,11 @@ impl<'a> Finder<'a> {
         let mut changes = Vec::new();
         if let Some(tokens) = context.filter(|_| context != asked.context_tokens) {
             changes.push(Change::Context { tokens });
+        }
+        if changed.cache_tokens != asked.cache_tokens
+            && let Some(tokens) = changed.cache_tokens
+        {
+            changes.push(Change::CacheTokens { tokens });
         }
         if changed.batch != asked.batch {
             changes.push(Change::Batch {

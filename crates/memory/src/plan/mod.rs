@@ -45,7 +45,11 @@ pub struct PlanRequest<'a> {
     /// Tokens of context of each sequence; `None` for the longest that fits, up to the
     /// model's maximum.
     pub context_tokens: Option<u64>,
-    /// Sequences of full context held at a time.
+    /// Tokens of the cache, all sequences together, rounded up to whole pages; `None` for as
+    /// many as [`PlanRequest::batch`] sequences of full context take. With fewer than that,
+    /// sequences share what there is; no sequence's context exceeds it.
+    pub cache_tokens: Option<u64>,
+    /// Sequences in one step.
     pub batch: u64,
     /// Tokens of one step, all sequences together.
     pub chunk_tokens: u64,
@@ -93,6 +97,17 @@ pub enum PlanError {
         asked: u64,
         /// The model's own limit.
         maximum: u64,
+    },
+    /// The context asked for exceeds the cache asked for.
+    #[error(
+        "a context of {asked} tokens does not fit a cache of {cache_tokens} tokens: ask for a \
+         context of at most {cache_tokens} tokens, or for a cache of at least {asked}"
+    )]
+    ContextBeyondCache {
+        /// Tokens of context of each sequence asked for.
+        asked: u64,
+        /// Tokens of the cache asked for, in whole pages.
+        cache_tokens: u64,
     },
     /// A cap or an exclusion names a device that does not exist.
     #[error("device {device} is not in the inventory: expected one of {known}")]
@@ -174,7 +189,9 @@ pub struct Plan {
     pub unused: Vec<DeviceId>,
     /// Tokens of context of each sequence.
     pub context_tokens: u64,
-    /// Sequences of full context held at a time.
+    /// Tokens of the cache, all sequences together: whole pages.
+    pub cache_tokens: u64,
+    /// Sequences in one step.
     pub batch: u64,
     /// Tokens of one step, all sequences together.
     pub chunk_tokens: u64,
@@ -284,6 +301,7 @@ fn check(inventory: &Inventory, request: &PlanRequest<'_>) -> Result<(), PlanErr
     }
     let counts = [
         ("the context", request.context_tokens.unwrap_or(1)),
+        ("the cache", request.cache_tokens.unwrap_or(1)),
         ("the batch", request.batch),
         ("the chunk", request.chunk_tokens),
         ("the page size of the cache", footprint.page_tokens),
@@ -299,6 +317,14 @@ fn check(inventory: &Inventory, request: &PlanRequest<'_>) -> Result<(), PlanErr
             model: footprint.name.clone(),
             asked,
             maximum: footprint.max_context_tokens,
+        });
+    }
+    if let (Some(asked), Some(cache_tokens)) = (request.context_tokens, request.cache_tokens)
+        && asked > whole_pages(cache_tokens, footprint)
+    {
+        return Err(PlanError::ContextBeyondCache {
+            asked,
+            cache_tokens: whole_pages(cache_tokens, footprint),
         });
     }
     let named = request
@@ -361,6 +387,12 @@ fn slots(inventory: &Inventory, request: &PlanRequest<'_>) -> Vec<Slot> {
         .collect()
 }
 
+/// `tokens` rounded up to whole pages of the cache.
+fn whole_pages(tokens: u64, footprint: &ModelFootprint) -> u64 {
+    let page_tokens = footprint.page_tokens;
+    tokens.div_ceil(page_tokens).saturating_mul(page_tokens)
+}
+
 /// The shortest context that a plan is made for: one page, or the model's maximum.
 fn shortest_context(footprint: &ModelFootprint) -> u64 {
     footprint.page_tokens.min(footprint.max_context_tokens)
@@ -376,10 +408,17 @@ fn chain<'a>(request: &PlanRequest<'a>) -> Result<Chain<'a>, PlanError> {
 }
 
 fn step_limits(request: &PlanRequest<'_>, context_tokens: u64) -> StepLimits {
+    let footprint = request.footprint;
+    // Products beyond 64 bits are no sizes of a cache: the bytes of such a sum overflow as well.
+    let cache_tokens = match request.cache_tokens {
+        Some(tokens) => whole_pages(tokens, footprint),
+        None => whole_pages(context_tokens, footprint).saturating_mul(request.batch),
+    };
     StepLimits {
         chunk_tokens: request.chunk_tokens,
         batch: request.batch,
         context_tokens,
+        cache_tokens,
     }
 }
 
@@ -414,13 +453,17 @@ fn is_feasible(slots: &[Slot], request: &PlanRequest<'_>) -> bool {
 }
 
 /// The longest context that fits with everything else as in the request, in whole pages
-/// up to the model's maximum.
+/// up to the model's maximum and the size of the cache.
 fn longest_context(chain: &Chain<'_>, slots: &[Slot], request: &PlanRequest<'_>) -> Option<u64> {
     let ModelFootprint {
         page_tokens,
-        max_context_tokens,
+        max_context_tokens: model_maximum,
         ..
     } = *request.footprint;
+    let cache_tokens = request
+        .cache_tokens
+        .map_or(u64::MAX, |tokens| whole_pages(tokens, request.footprint));
+    let max_context_tokens = model_maximum.min(cache_tokens);
     let tokens = |pages: u64| pages.saturating_mul(page_tokens).min(max_context_tokens);
     let most_pages = max_context_tokens.div_ceil(page_tokens);
     largest(1, most_pages, |pages| {
@@ -524,6 +567,7 @@ fn describe(
         totals,
         unused,
         context_tokens: step.context_tokens,
+        cache_tokens: step.cache_tokens,
         batch: step.batch,
         chunk_tokens: step.chunk_tokens,
         cache: request.cache,

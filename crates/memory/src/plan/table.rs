@@ -126,23 +126,32 @@ impl fmt::Display for Plan {
         }
         let Self {
             context_tokens,
+            cache_tokens,
             batch,
             chunk_tokens,
             cache,
+            page_tokens,
             max_context_tokens,
             ..
         } = self;
-        writeln!(
+        write!(
             formatter,
             "context {context_tokens} tokens, batch {batch}, chunk {chunk_tokens} tokens, cache \
              {cache}"
         )?;
+        let pages = cache_tokens / page_tokens;
+        if pages != context_tokens.div_ceil(*page_tokens).saturating_mul(*batch) {
+            write!(formatter, " of {cache_tokens} tokens for all sequences")?;
+        }
+        writeln!(formatter)?;
         write!(
             formatter,
             "longest context that fits: {max_context_tokens} tokens"
         )?;
         if *max_context_tokens == self.model_max_context_tokens {
             write!(formatter, " (the model's maximum)")?;
+        } else if max_context_tokens == cache_tokens {
+            write!(formatter, " (the whole cache)")?;
         }
         Ok(())
     }
@@ -155,9 +164,13 @@ impl fmt::Display for Infeasible {
             Some(tokens) => format!("a context of {tokens} tokens"),
             None => "any context".to_owned(),
         };
+        let pool = asked
+            .cache_tokens
+            .map_or_else(String::new, |tokens| format!(" of {tokens} tokens"));
         writeln!(
             formatter,
-            "model {} does not fit with {context}, batch {}, chunk {} tokens, cache {}, policy {}",
+            "model {} does not fit with {context}, batch {}, chunk {} tokens, cache {}{pool}, \
+             policy {}",
             self.model, asked.batch, asked.chunk_tokens, asked.cache, asked.policy
         )?;
         writeln!(formatter, "what stands in the way: {}", self.binding)?;

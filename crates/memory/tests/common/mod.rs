@@ -32,6 +32,7 @@ pub(crate) fn request<'a>(
         footprint,
         workspace,
         context_tokens: None,
+        cache_tokens: None,
         batch: 1,
         chunk_tokens: 512,
         cache: CacheFormat::F16,

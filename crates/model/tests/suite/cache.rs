@@ -1,11 +1,12 @@
-//! The cache of a loaded model: copies of its pages.
+//! The cache of a loaded model: its size, and copies of its pages.
 
 use oxllama_backend::Device;
 use oxllama_backend::reference::ReferenceDevice;
-use oxllama_memory::{Bytes, DeviceId, Policy};
-use oxllama_model::{ModelRequest, PageCopy, Runner, StepPlan};
+use oxllama_memory::{Bytes, DeviceId, Policy, Purpose};
+use oxllama_model::{ModelError, ModelRequest, PageCopy, Runner, StepPlan};
 
 use crate::families::fixture;
+use crate::files::altered_copy;
 use crate::harness::{Loaded, cpu_device, exact_request, load_with, virtual_devices};
 
 /// A fixture on two devices with three pages of cache.
@@ -17,6 +18,58 @@ fn load_three_pages<D: Device>(name: &str, device: fn(DeviceId) -> D) -> Loaded<
         ..exact_request(64)
     };
     load_with(&fixture(name), &request, &inventory, ledger, device).expect("a model")
+}
+
+/// A fixture with 1024 positions.
+fn long_llama() -> tempfile::TempDir {
+    altered_copy(
+        &fixture("llama3"),
+        |config| {
+            config.insert("max_position_embeddings".to_owned(), 1024.into());
+        },
+        |_| {},
+    )
+}
+
+#[test]
+fn the_pool_may_be_smaller_or_larger_than_all_contexts() {
+    // Three contexts of 512 tokens take six pages.
+    for (cache_tokens, pages) in [(None, 6), (Some(513), 3), (Some(2000), 8)] {
+        let (inventory, ledger) = virtual_devices(2, Bytes::from_gib(1));
+        let request = ModelRequest {
+            batch: 3,
+            cache_tokens,
+            policy: Policy::Balanced,
+            ..exact_request(512)
+        };
+        let path = long_llama();
+        let loaded = load_with(
+            path.path(),
+            &request,
+            &inventory,
+            ledger,
+            ReferenceDevice::new,
+        );
+        let mut loaded = loaded.expect("a model");
+        let limits = *loaded.model.limits();
+        assert_eq!(limits.pages, pages);
+        assert_eq!(limits.pages_per_sequence, 2);
+        assert_eq!(limits.context_tokens, 512);
+        for part in &loaded.plan.memory.devices {
+            let entries = loaded.ledger.entries(&part.device);
+            let held = entries
+                .iter()
+                .find(|entry| entry.purpose == Purpose::KvCache);
+            assert_eq!(held.expect("a cache").bytes, part.kv_cache);
+        }
+        let last = pages as u32 - 1;
+        loaded
+            .model
+            .run(&on_page(last, 0, &[1]))
+            .expect("the last page");
+        let beyond = loaded.model.run(&on_page(last + 1, 0, &[1]));
+        assert!(matches!(beyond, Err(ModelError::PageOutOfRange { .. })));
+    }
 }
 
 /// `tokens` of one sequence from `start` on, whose only page is `page`.

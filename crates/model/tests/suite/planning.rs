@@ -193,6 +193,17 @@ fn requests_beyond_reason_are_refused() {
             "{result:?}"
         );
     }
+    for cache_tokens in [0, u64::MAX] {
+        let request = ModelRequest {
+            cache_tokens: Some(cache_tokens),
+            ..ModelRequest::default()
+        };
+        let result = plan_model(&source, &spec, &device, &inventory, &request);
+        assert!(
+            matches!(result, Err(ModelError::Request { .. })),
+            "{result:?}"
+        );
+    }
     let request = ModelRequest {
         logit_rows: u64::MAX,
         ..ModelRequest::default()
