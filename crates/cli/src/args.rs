@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use oxllama_memory::{DeviceCap, GpuSplit, VirtualDevices};
 
+use crate::sampling::SamplingArgs;
+
 /// Run EXL2 language models (and GPTQ, FP16/BF16, GGUF) with every byte planned.
 #[derive(Debug, Parser)]
 #[command(
@@ -142,71 +144,6 @@ fn parse_threads(text: &str) -> Result<usize, String> {
         Ok(threads @ 1..=1024) => Ok(threads),
         _ => Err("expected a number of threads from 1 to 1024".to_owned()),
     }
-}
-
-/// How tokens are drawn. Defaults: generation_config.json's, else ExLlamaV2's.
-#[derive(Debug, Args)]
-pub(crate) struct SamplingArgs {
-    /// Always take the most likely token, without penalties
-    #[arg(long, help_heading = "Sampling")]
-    pub(crate) greedy: bool,
-
-    /// Divides the logits; 0 is greedy [default: the model's, else 0.8]
-    #[arg(
-        long,
-        value_name = "T",
-        allow_negative_numbers = true,
-        help_heading = "Sampling",
-        conflicts_with = "greedy"
-    )]
-    pub(crate) temperature: Option<f32>,
-
-    /// Keep the K most likely tokens, 0 for all [default: the model's, else 50]
-    #[arg(
-        long,
-        value_name = "K",
-        help_heading = "Sampling",
-        conflicts_with = "greedy"
-    )]
-    pub(crate) top_k: Option<u32>,
-
-    /// Keep the most likely tokens up to this probability [default: the model's, else 0.8]
-    #[arg(
-        long,
-        value_name = "P",
-        allow_negative_numbers = true,
-        help_heading = "Sampling",
-        conflicts_with = "greedy"
-    )]
-    pub(crate) top_p: Option<f32>,
-
-    /// Drop tokens less likely than this share of the best [default: the model's, else 0]
-    #[arg(
-        long,
-        value_name = "P",
-        allow_negative_numbers = true,
-        help_heading = "Sampling",
-        conflicts_with = "greedy"
-    )]
-    pub(crate) min_p: Option<f32>,
-
-    /// Weaken tokens that occurred; 1 is off [default: the model's, else 1.025]
-    #[arg(
-        long,
-        value_name = "R",
-        allow_negative_numbers = true,
-        help_heading = "Sampling",
-        conflicts_with = "greedy"
-    )]
-    pub(crate) repetition_penalty: Option<f32>,
-
-    /// The same seed gives the same text [default: a new one each time]
-    #[arg(long, value_name = "N", help_heading = "Sampling")]
-    pub(crate) seed: Option<u64>,
-
-    /// End where this text would appear (may be repeated)
-    #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
-    pub(crate) stop: Vec<String>,
 }
 
 #[derive(Debug, Args)]

@@ -54,6 +54,16 @@ pub enum EngineError {
         position: usize,
     },
 
+    /// Constraints and logit bias leave no token.
+    #[error(
+        "no token is allowed at position {position}: the constraints and the logit bias \
+         contradict each other"
+    )]
+    NothingAllowed {
+        /// Position in the sequence.
+        position: usize,
+    },
+
     /// An evaluation asks for more text than there is, or rows that are too short.
     #[error("{found_tokens} tokens of text cannot give {rows} rows of {length}: {hint}")]
     EvaluationText {

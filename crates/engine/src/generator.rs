@@ -7,8 +7,8 @@ use oxllama_model::{Runner, StepPlan};
 use oxllama_text::{StopMatcher, StreamDecoder, Tokenizer};
 
 use crate::{
-    Completion, EngineError, Event, FinishReason, Job, PagePool, RankedToken, Sampler,
-    SequencePages, Timings, TokenLogprob,
+    Completion, EngineError, Event, FinishReason, Job, PagePool, SampleError, Sampler,
+    SamplerVocabulary, SequencePages, Timings, TokenLogprob, token_logprobs,
 };
 
 /// Runs one job at a time on a loaded model.
@@ -19,6 +19,7 @@ use crate::{
 pub struct Generator<'a> {
     runner: &'a mut dyn Runner,
     tokenizer: &'a Tokenizer,
+    vocabulary: SamplerVocabulary,
     pool: PagePool,
     pages: SequencePages,
     /// The tokens whose keys and values `pages` holds, from position 0.
@@ -33,6 +34,7 @@ impl<'a> Generator<'a> {
         Self {
             runner,
             tokenizer,
+            vocabulary: SamplerVocabulary::new(tokenizer),
             pool,
             pages: SequencePages::default(),
             cached_ids: Vec::new(),
@@ -96,6 +98,7 @@ impl<'a> Generator<'a> {
     fn check(&self, job: &Job) -> Result<(), EngineError> {
         job.sampling.check()?;
         let vocab_size = self.runner.spec().vocab_size;
+        job.sampling.check_vocabulary(vocab_size)?;
         let context_tokens = self.runner.limits().context_tokens;
         if job.prompt_ids.is_empty() {
             return Err(EngineError::EmptyPrompt);
@@ -118,7 +121,8 @@ impl<'a> Generator<'a> {
 
     fn sampler(&self, job: &Job) -> Sampler {
         let vocab_size = self.runner.spec().vocab_size;
-        let mut sampler = Sampler::new(job.sampling.clone(), job.seed, vocab_size);
+        let settings = job.sampling.clone();
+        let mut sampler = Sampler::new(settings, job.seed, vocab_size, &self.vocabulary);
         for &token_id in &job.prompt_ids {
             sampler.observe(token_id);
         }
@@ -198,9 +202,14 @@ impl<'a> Generator<'a> {
         let position = self.cached_ids.len() + token_ids.len() - 1;
         let logits = self.forward(token_ids, true)?;
         let token_id = sampler
-            .sample(logits, step)
-            .ok_or(EngineError::NotFinite { position })?;
-        let logprob = job.logprobs.map(|count| logprob(logits, token_id, count));
+            .sample(logits, None, step)
+            .map_err(|error| match error {
+                SampleError::NotFinite => EngineError::NotFinite { position },
+                SampleError::NothingAllowed => EngineError::NothingAllowed { position },
+            })?;
+        let logprob = job
+            .logprobs
+            .map(|count| token_logprobs(logits, token_id, count));
         Ok(Drawn { token_id, logprob })
     }
 
@@ -232,38 +241,6 @@ impl<'a> Generator<'a> {
 struct Drawn {
     token_id: u32,
     logprob: Option<TokenLogprob>,
-}
-
-/// The log probability of `token_id` and the `count` most likely tokens.
-fn logprob(logits: &[f32], token_id: u32, count: usize) -> TokenLogprob {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits
-        .iter()
-        .map(|&logit| f64::from(logit - largest).exp())
-        .sum();
-    let log_sum = f64::from(largest) + sum.ln();
-    let ranked = |token_id: u32| RankedToken {
-        token_id,
-        logprob: (f64::from(logits[token_id as usize]) - log_sum) as f32,
-    };
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let most_likely_first = |a: &u32, b: &u32| {
-        logits[*b as usize]
-            .total_cmp(&logits[*a as usize])
-            .then(a.cmp(b))
-    };
-    let count = count.min(order.len());
-    if count < order.len() {
-        order.select_nth_unstable_by(count, most_likely_first);
-        order.truncate(count);
-    }
-    order.sort_unstable_by(most_likely_first);
-    let top = order.into_iter().map(ranked).collect();
-    TokenLogprob {
-        token_id,
-        logprob: ranked(token_id).logprob,
-        top,
-    }
 }
 
 /// The answer as it grows.

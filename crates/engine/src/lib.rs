@@ -19,5 +19,5 @@ pub use generator::Generator;
 pub use job::{Completion, Event, FinishReason, Job, RankedToken, Timings, TokenLogprob};
 pub use mask::TokenMask;
 pub use pages::{PageId, PagePool, SequencePages};
-pub use sampler::Sampler;
-pub use settings::{SamplingSettings, SettingsError};
+pub use sampler::{SampleError, Sampler, SamplerVocabulary, mix_guidance, token_logprobs};
+pub use settings::{SamplingSettings, SettingsError, Stage};
