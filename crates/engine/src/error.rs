@@ -3,7 +3,7 @@
 use oxllama_model::ModelError;
 use oxllama_text::TextError;
 
-use crate::SettingsError;
+use crate::{ConstraintError, SettingsError};
 
 /// A job was refused, or failed. Other jobs are unharmed.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +93,11 @@ pub enum EngineError {
     #[error(transparent)]
     Settings(#[from] SettingsError),
 
-    /// Tokenizer, template or stop strings.
+    /// The constraint was refused, or cannot be obeyed.
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
+
+    /// Tokenizer, template, stop or banned strings.
     #[error(transparent)]
     Text(#[from] TextError),
 

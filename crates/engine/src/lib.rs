@@ -4,6 +4,7 @@
 //! from the logits that a [`Runner`](oxllama_model::Runner) returns, and reports [`Event`]s.
 //! It knows nothing of files, devices or terminals.
 
+mod constraint;
 mod error;
 mod evaluate;
 mod generator;
@@ -13,6 +14,7 @@ mod pages;
 mod sampler;
 mod settings;
 
+pub use constraint::{Constraint, ConstraintCompiler, ConstraintError, ConstraintSpec};
 pub use error::EngineError;
 pub use evaluate::{Comparison, Evaluation, evaluate};
 pub use generator::Generator;
