@@ -170,6 +170,53 @@ fn senseless_configurations() {
     }
 }
 
+/// Whatever a key holds, opening gives an adapter or an error.
+#[test]
+fn any_value_of_any_key_is_answered() {
+    let junk = [
+        json!(null),
+        json!(true),
+        json!(-1),
+        json!(0),
+        json!(1e300),
+        json!(1e-320),
+        json!(u64::MAX),
+        json!(""),
+        json!("^"),
+        json!("LORA"),
+        json!([]),
+        json!([null]),
+        json!({}),
+        json!({"": 1}),
+        json!({"q_proj": null}),
+        json!({"q_proj": -1e308}),
+        json!({"q_proj": [2]}),
+    ];
+    let keys = [
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "bias",
+        "use_rslora",
+        "use_dora",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+    ];
+    for key in keys {
+        for value in &junk {
+            let opened = open_with(key, value.clone());
+            if let Ok(adapter) = opened {
+                let module = &adapter.modules()[0];
+                assert!(module.scale.is_finite(), "{key}: {value}");
+                assert_eq!(module.rank(), 2, "{key}: {value}");
+            }
+        }
+    }
+}
+
 #[test]
 fn tensors_that_are_no_adapter() {
     let refused = |tensors: &[Tensor]| open(&config(), tensors);
