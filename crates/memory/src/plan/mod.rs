@@ -4,6 +4,7 @@ mod balanced;
 mod chain;
 mod fill;
 mod infeasible;
+mod reasons;
 mod table;
 
 use std::ops::Range;
@@ -17,7 +18,8 @@ use crate::ledger::{Ledger, Purpose, Reservation, Shortfall};
 
 use chain::Chain;
 use fill::{fill, largest};
-pub use infeasible::{Alternative, Asked, BindingConstraint, Change, DeviceShortfall, Infeasible};
+pub use infeasible::{Alternative, Asked, DeviceShortfall, Infeasible};
+pub use reasons::{BindingConstraint, Change};
 
 /// How layers are distributed. In every policy each device holds one run of parts, in
 /// the order of the inventory.
