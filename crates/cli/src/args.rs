@@ -261,6 +261,10 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub(crate) decode: usize,
 
+    /// Decode so many sequences at a time as well, e.g. 2,4,8 (each compared with one alone)
+    #[arg(long, value_name = "N,...", value_delimiter = ',')]
+    pub(crate) batch: Vec<usize>,
+
     /// Take the best of this many runs
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub(crate) repeat: usize,

@@ -17,6 +17,9 @@ use crate::session::{self, Host, StepSize};
 /// What the bandwidth is measured over: far more than any cache.
 const BANDWIDTH_BYTES: usize = 1 << 30;
 
+/// What each sequence of a batch starts with.
+const BATCH_PROMPT_TOKENS: usize = 8;
+
 #[derive(Serialize)]
 struct Report {
     model: String,
@@ -32,14 +35,35 @@ struct Report {
     decode_tokens_per_s: f64,
     /// Of the floor.
     decode_share: f64,
+    /// Decoding several sequences at a time; the first line is one alone. Empty unless asked for.
+    batches: Vec<BatchReport>,
     load_s: f64,
+}
+
+#[derive(Serialize)]
+struct BatchReport {
+    sequences: usize,
+    /// Of all sequences together.
+    tokens_per_s: f64,
+    /// Times one sequence alone, measured in the same way.
+    speedup: f64,
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
     if args.prefill == 0 || args.decode == 0 || args.repeat == 0 {
         bail!("--prefill, --decode and --repeat must be at least 1");
     }
-    let context = args.prefill.max(args.decode + 1) as u64;
+    if args.batch.contains(&0) {
+        bail!("--batch must be numbers of sequences from 1 on");
+    }
+    let mut batches = args.batch.clone();
+    if !batches.is_empty() {
+        batches.push(1);
+        batches.sort_unstable();
+        batches.dedup();
+    }
+    let largest_batch = batches.last().copied().unwrap_or(1);
+    let context = args.prefill.max(BATCH_PROMPT_TOKENS + args.decode + 1) as u64;
     let placement = &args.model.placement;
     let placement = &PlacementArgs {
         context: Some(placement.context.unwrap_or(context)),
@@ -48,7 +72,12 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
     let start = Instant::now();
     let opened = session::open(&args.model.model, Some(placement))?;
     let host = Host::new(placement)?;
-    let plan = session::plan(&opened, &host, placement, StepSize::ONE_JOB)?;
+    let size = StepSize {
+        batch: largest_batch as u64,
+        logit_rows: largest_batch as u64,
+        ..StepSize::ONE_JOB
+    };
+    let plan = session::plan(&opened, &host, placement, size)?;
     let mut runner = session::load(&opened, &host, placement, &plan)?;
     let load_s = start.elapsed().as_secs_f64();
 
@@ -56,7 +85,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
         DeviceKind::Cpu => placement.threads.unwrap_or_else(SpinPool::default_threads),
         DeviceKind::Reference => 1,
     };
-    // The three are measured in turns, so that a neighbour's load falls on all of them.
+    let mut best_of_batches = vec![0.0_f64; batches.len()];
+    // All are measured in turns, so that a neighbour's load falls on all of them.
     let mut best = Best::default();
     for _ in 0..args.repeat {
         best.bandwidth = best
@@ -64,7 +94,17 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
             .max(measure_read_bandwidth(threads, BANDWIDTH_BYTES)?);
         best.prefill = best.prefill.max(prefill(runner.as_mut(), args.prefill)?);
         best.decode = best.decode.max(decode(runner.as_mut(), args.decode)?);
+        for (best, &sequences) in best_of_batches.iter_mut().zip(&batches) {
+            *best = best.max(decode_batch(runner.as_mut(), sequences, args.decode)?);
+        }
     }
+    let alone = best_of_batches.first().copied().unwrap_or_default();
+    let batches = batches.iter().zip(&best_of_batches);
+    let batches = batches.map(|(&sequences, &tokens_per_s)| BatchReport {
+        sequences,
+        tokens_per_s,
+        speedup: tokens_per_s / alone,
+    });
     let bytes_per_token = Bytes(inspect(&opened.source, &opened.spec)?.bytes_per_token);
     let floor = best.bandwidth / bytes_per_token.get() as f64;
     let report = Report {
@@ -78,6 +118,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
         decode_tokens: args.decode,
         decode_tokens_per_s: best.decode,
         decode_share: best.decode / floor,
+        batches: batches.collect(),
         load_s,
     };
     print(&report, args.json)?;
@@ -120,7 +161,14 @@ fn print(report: &Report, json: bool) -> Result<()> {
         report.decode_tokens_per_s,
         report.decode_tokens,
         100.0 * report.decode_share
-    ))
+    ))?;
+    for batch in &report.batches {
+        output::line(format_args!(
+            "batch {:3} {:8.1} tokens/s, {:.2} times one sequence's",
+            batch.sequences, batch.tokens_per_s, batch.speedup
+        ))?;
+    }
+    Ok(())
 }
 
 /// Tokens a second of bringing `tokens` tokens into an empty cache.
@@ -155,19 +203,53 @@ fn decode(runner: &mut dyn Runner, tokens: usize) -> Result<f64> {
     Ok(tokens as f64 / start.elapsed().as_secs_f64())
 }
 
+/// Tokens a second, all sequences together, of steps with one row and its logits for each of
+/// `sequences` sequences, after prompts of [`BATCH_PROMPT_TOKENS`]. The first step is not
+/// counted.
+fn decode_batch(runner: &mut dyn Runner, sequences: usize, tokens: usize) -> Result<f64> {
+    let pages = (BATCH_PROMPT_TOKENS + tokens + 1).div_ceil(PAGE_TOKENS);
+    let mut step = StepPlan::default();
+    for sequence in 0..sequences {
+        set_rows(&mut step, runner, 0..BATCH_PROMPT_TOKENS);
+        step.page_tables[0] = (sequence * pages) as u32;
+        runner.run(&step)?;
+    }
+    step.clear();
+    step.pages_per_sequence = pages;
+    step.page_tables.extend(0..(sequences * pages) as u32);
+    step.row_sequences.extend(0..sequences as u32);
+    step.logit_rows.extend(0..sequences as u32);
+    let vocab_size = runner.spec().vocab_size;
+    let mut start = Instant::now();
+    for position in BATCH_PROMPT_TOKENS..=BATCH_PROMPT_TOKENS + tokens {
+        if position == BATCH_PROMPT_TOKENS + 1 {
+            start = Instant::now();
+        }
+        step.positions.clear();
+        step.positions.resize(sequences, position as u32);
+        step.token_ids.clear();
+        step.token_ids
+            .extend((0..sequences).map(|sequence| spread(sequence + position, vocab_size)));
+        runner.run(&step)?;
+    }
+    Ok((sequences * tokens) as f64 / start.elapsed().as_secs_f64())
+}
+
 /// One sequence's rows at `positions`, with tokens that differ from row to row.
 fn set_rows(step: &mut StepPlan, runner: &dyn Runner, positions: std::ops::Range<usize>) {
-    let vocab_size = runner.spec().vocab_size as u32;
+    let vocab_size = runner.spec().vocab_size;
     step.clear();
     let pages = positions.end.div_ceil(PAGE_TOKENS);
     step.page_tables.extend(0..pages as u32);
     step.pages_per_sequence = pages;
     for position in positions {
-        let position = position as u32;
-        // Knuth's multiplicative hash spreads them over the vocabulary.
-        step.token_ids
-            .push(position.wrapping_mul(2_654_435_761) % vocab_size);
-        step.positions.push(position);
+        step.token_ids.push(spread(position, vocab_size));
+        step.positions.push(position as u32);
         step.row_sequences.push(0);
     }
+}
+
+/// A token for `index`: Knuth's multiplicative hash spreads them over the vocabulary.
+fn spread(index: usize, vocab_size: usize) -> u32 {
+    (index as u32).wrapping_mul(2_654_435_761) % vocab_size as u32
 }

@@ -127,6 +127,8 @@ fn bench_reports_positive_figures() {
             "4",
             "--repeat",
             "1",
+            "--batch",
+            "3,2",
             "--json",
         ])
         .run()
@@ -145,12 +147,22 @@ fn bench_reports_positive_figures() {
             "decode_tokens",
             "decode_tokens_per_s",
             "decode_share",
+            "batches",
             "load_s"
         ]
     );
     for (name, value) in report.as_object().unwrap() {
         match value {
             Value::String(text) => assert!(!text.is_empty(), "{name}"),
+            Value::Array(batches) => {
+                // One alone, which the others are compared with, comes of itself.
+                let sequences: Vec<_> = batches.iter().map(|batch| &batch["sequences"]).collect();
+                assert_eq!(sequences, [&1, &2, &3]);
+                assert_eq!(batches[0]["speedup"], 1.0);
+                for batch in batches {
+                    assert!(batch["tokens_per_s"].as_f64().unwrap() > 0.0, "{batch}");
+                }
+            }
             number => assert!(number.as_f64().unwrap() > 0.0, "{name}: {number}"),
         }
     }
@@ -168,6 +180,12 @@ fn bench_refuses_to_measure_nothing() {
             .run()
             .failed_with(&[option, "at least 1"]);
     }
+    Oxllama::new()
+        .arg("bench")
+        .arg(tiny("llama"))
+        .args(["--batch", "4,0"])
+        .run()
+        .failed_with(&["--batch", "from 1 on"]);
     Oxllama::new()
         .arg("bench")
         .arg(tiny("llama"))
