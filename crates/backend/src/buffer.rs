@@ -57,6 +57,11 @@ impl HostBuffer {
         self.reservation.bytes()
     }
 
+    /// Frees the memory and returns the room that it had.
+    pub fn into_reservation(self) -> Reservation {
+        self.reservation
+    }
+
     /// The whole buffer as elements of `T` (a trailing partial element is left out).
     pub fn as_slice<T: Pod>(&self) -> &[T] {
         let Some(bytes) = self.memory.as_deref() else {

@@ -279,7 +279,6 @@ impl<D: Device> Bench<'_, D> {
             head_dim: 32,
             rotary_dim: 0,
             ropes: 0,
-            cache_format: CacheFormat::F16,
         })?;
         let positions: Vec<u32> = (0..rows as u32).collect();
         let page_table: Vec<u32> = (0..pages as u32).collect();

@@ -22,6 +22,10 @@ pub trait DeviceMemory: Send + Sync + 'static {
     /// The reservation is for another device, or the system has less than the ledger thought.
     fn allocate(&self, reservation: Reservation) -> Result<Self::Buffer, DeviceError>;
 
+    /// Frees a buffer and returns the room that it had, so that another can be made there
+    /// before anyone else takes it.
+    fn release(&self, buffer: Self::Buffer) -> Reservation;
+
     /// Copies host bytes to the start of `destination`.
     ///
     /// # Errors

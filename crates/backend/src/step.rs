@@ -1,7 +1,5 @@
 //! What one forward step works on, and what it may need at most.
 
-use oxllama_memory::CacheFormat;
-
 /// How rotary pairs are formed from a head's dimensions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeStyle {
@@ -69,6 +67,7 @@ impl StepBatch<'_> {
 }
 
 /// The largest step that a workspace must serve, and the model's extents that size scratch.
+/// A workspace serves caches of every format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WorkspaceShape {
     /// Most rows in a step.
@@ -91,6 +90,4 @@ pub struct WorkspaceShape {
     pub rotary_dim: usize,
     /// How many ropes a step prepares.
     pub ropes: usize,
-    /// Element format of keys and values.
-    pub cache_format: CacheFormat,
 }

@@ -9,7 +9,7 @@ use oxllama_backend::{
 };
 use oxllama_cpu::{CpuDevice, CpuLinear, CpuOptions, CpuWorkspace, SpinPool};
 use oxllama_format::{GptqConfig, LinearSource};
-use oxllama_memory::{Bytes, CacheFormat, DeviceId, Ledger, Purpose, Reservation};
+use oxllama_memory::{Bytes, DeviceId, Ledger, Purpose, Reservation};
 
 #[path = "../tests/support/mod.rs"]
 mod support;
@@ -66,7 +66,6 @@ impl Product {
             head_dim: 16,
             rotary_dim: 0,
             ropes: 0,
-            cache_format: CacheFormat::F16,
         };
         let held = reserve(device.workspace_bytes(&shape));
         let mut workspace = device.create_workspace(&shape, held).expect("a workspace");

@@ -175,7 +175,6 @@ fn main() {
         head_dim: HEAD_DIM,
         rotary_dim: HEAD_DIM,
         ropes: 1,
-        cache_format: CacheFormat::F16,
     };
     let bytes = bench.device.workspace_bytes(&workspace_shape);
     let held = bench

@@ -124,7 +124,6 @@ fn a_step_allocates_nothing() {
             head_dim: HEAD_DIM,
             rotary_dim: HEAD_DIM,
             ropes: 1,
-            cache_format: CacheFormat::F16,
         };
         let held = setup.reserve(setup.device.workspace_bytes(&shape));
         let created = setup.device.create_workspace(&shape, held);

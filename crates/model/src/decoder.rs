@@ -4,16 +4,19 @@
 use std::sync::Arc;
 
 use oxllama_backend::{
-    AttentionArgs, Device, GatedLinear, HeadNorm, KvLayer, LinearOutput, LogitArgs, Norm,
-    NormLinears, Rope, Store,
+    AttentionArgs, CacheShape, Device, GatedLinear, HeadNorm, KvLayer, LinearOutput, LogitArgs,
+    Norm, NormLinears, PAGE_TOKENS, Rope, Store,
 };
 use oxllama_format::AdapterSource;
 
 use crate::lora::{AdaptedLayer, Adapters, Slot};
-use crate::stage::Activations;
+use crate::plan::{check_cache_format, check_cache_tokens};
+use crate::reshape::reshape;
+use crate::stage::{Activations, to_usize};
 use crate::weights::{LayerLinears, LayerNorms};
 use crate::{
-    AdapterId, LayerSpec, ModelError, ModelSpec, PageCopy, Runner, RunnerLimits, StepPlan,
+    AdapterId, CacheRequest, LayerSpec, ModelError, ModelSpec, PageCopy, Runner, RunnerLimits,
+    StepPlan,
 };
 
 /// One layer on its device.
@@ -48,6 +51,8 @@ pub(crate) struct Stage<D: Device> {
 pub struct Decoder<D: Device> {
     spec: ModelSpec,
     limits: RunnerLimits,
+    /// Tokens of one sequence that the workspaces were made for.
+    planned_context_tokens: usize,
     ropes: Vec<Rope>,
     /// In the order in which a token passes them.
     stages: Vec<Stage<D>>,
@@ -76,6 +81,7 @@ impl<D: Device> Decoder<D> {
         Self {
             logits: vec![0.0; copied_rows * head_width],
             spec,
+            planned_context_tokens: limits.context_tokens,
             limits,
             ropes,
             stages,
@@ -216,6 +222,43 @@ impl<D: Device> Runner for Decoder<D> {
             return Ok(&[]);
         }
         self.make_logits(&step.logit_rows)
+    }
+
+    fn reshape_cache(&mut self, request: CacheRequest) -> Result<&RunnerLimits, ModelError> {
+        if let Some(tokens) = request.tokens {
+            check_cache_tokens(tokens)?;
+        }
+        if let Some(format) = request.format {
+            check_cache_format(&self.spec, format)?;
+        }
+        let mut layers = self.stages.iter().flat_map(|stage| &stage.layers);
+        let Some(Layer { cache, .. }) = layers.next() else {
+            return Ok(&self.limits);
+        };
+        let pages = request.tokens.map_or(self.limits.pages, |tokens| {
+            to_usize(tokens).div_ceil(PAGE_TOKENS)
+        });
+        // After a failure that could not be undone there are none.
+        let pages = pages.max(1);
+        let shape = CacheShape {
+            pages,
+            format: request.format.unwrap_or(cache.shape.format),
+            ..cache.shape
+        };
+        if pages == self.limits.pages && shape == cache.shape {
+            return Ok(&self.limits);
+        }
+        let Adapters { ledger, owner, .. } = &self.adapters;
+        if let Err(failure) = reshape(&mut self.stages, shape, ledger, owner) {
+            if !failure.is_restored {
+                self.limits.pages = 0;
+            }
+            return Err(failure.error);
+        }
+        self.limits.pages = pages;
+        self.limits.context_tokens = self.planned_context_tokens.min(pages * PAGE_TOKENS);
+        self.limits.pages_per_sequence = self.limits.context_tokens.div_ceil(PAGE_TOKENS);
+        Ok(&self.limits)
     }
 
     fn load_adapter(

@@ -312,7 +312,6 @@ impl Loader<'_> {
         StageShape::new(
             self.spec,
             weights.head_linear().header.out_features,
-            self.plan.memory.cache,
             self.plan.logit_rows,
             &role,
             &self.plan.step_limits(),

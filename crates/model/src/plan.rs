@@ -155,17 +155,10 @@ impl<'a, D: Device> Footprint<'a, D> {
     }
 
     /// Bytes of activations, logits and the backend's scratch on a device of `role`.
-    pub fn workspace(
-        &self,
-        cache: CacheFormat,
-        logit_rows: usize,
-        role: &DeviceRole,
-        limits: &StepLimits,
-    ) -> Bytes {
+    pub fn workspace(&self, logit_rows: usize, role: &DeviceRole, limits: &StepLimits) -> Bytes {
         let shape = StageShape::new(
             self.spec,
             self.head_width,
-            cache,
             logit_rows.max(to_usize(limits.batch)),
             role,
             limits,
@@ -185,11 +178,10 @@ impl<'a, D: Device> Footprint<'a, D> {
         request: &ModelRequest,
     ) -> Result<ModelPlan, ModelError> {
         check_request(request)?;
-        self.check_cache(request.cache)?;
+        check_cache_format(self.spec, request.cache)?;
         let asked_logit_rows = to_usize(request.logit_rows);
-        let workspace = |role: &DeviceRole, limits: &StepLimits| {
-            self.workspace(request.cache, asked_logit_rows, role, limits)
-        };
+        let workspace =
+            |role: &DeviceRole, limits: &StepLimits| self.workspace(asked_logit_rows, role, limits);
         let memory = plan(
             inventory,
             &PlanRequest {
@@ -211,18 +203,6 @@ impl<'a, D: Device> Footprint<'a, D> {
         };
         plan.logit_rows = plan.logit_rows.min(step_rows(&plan.step_limits()));
         Ok(plan)
-    }
-
-    /// Refuses formats in which the model's heads cannot be kept.
-    fn check_cache(&self, format: CacheFormat) -> Result<(), ModelError> {
-        if format.is_quantised() && !self.model.quantisable_cache {
-            return Err(ModelError::UnquantisableCache {
-                format,
-                head_dim: self.spec.head_dim,
-                group: GROUP,
-            });
-        }
-        Ok(())
     }
 }
 
@@ -269,11 +249,6 @@ fn check_request(request: &ModelRequest) -> Result<(), ModelError> {
             MAX_CHUNK_TOKENS,
         ),
         ("sequences", request.batch, MAX_BATCH),
-        (
-            "tokens in its cache",
-            request.cache_tokens.unwrap_or(1),
-            MAX_CACHE_TOKENS,
-        ),
     ] {
         if !(1..=most).contains(&found) {
             return Err(ModelError::Request {
@@ -283,7 +258,31 @@ fn check_request(request: &ModelRequest) -> Result<(), ModelError> {
             });
         }
     }
+    request.cache_tokens.map_or(Ok(()), check_cache_tokens)
+}
+
+/// Refuses formats in which the model's heads cannot be kept.
+pub(crate) fn check_cache_format(spec: &ModelSpec, format: CacheFormat) -> Result<(), ModelError> {
+    if format.is_quantised() && !spec.head_dim.is_multiple_of(GROUP) {
+        return Err(ModelError::UnquantisableCache {
+            format,
+            head_dim: spec.head_dim,
+            group: GROUP,
+        });
+    }
     Ok(())
+}
+
+/// Refuses a cache of no tokens, or of more than pages can be numbered.
+pub(crate) fn check_cache_tokens(tokens: u64) -> Result<(), ModelError> {
+    if (1..=MAX_CACHE_TOKENS).contains(&tokens) {
+        return Ok(());
+    }
+    Err(ModelError::Request {
+        what: "tokens in its cache",
+        found: tokens,
+        expected: format!("1 to {MAX_CACHE_TOKENS}"),
+    })
 }
 
 /// Bytes of one norm over the row's width.

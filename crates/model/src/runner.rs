@@ -3,7 +3,7 @@
 use oxllama_backend::{PAGE_TOKENS, StepBatch};
 use oxllama_format::AdapterSource;
 
-use crate::{AdapterId, ModelError, ModelSpec};
+use crate::{AdapterId, CacheRequest, ModelError, ModelSpec};
 
 /// One loaded model, ready to step. Object-safe; implemented by
 /// [`Decoder`](crate::Decoder) for every kind of device.
@@ -26,6 +26,20 @@ pub trait Runner: Send {
     /// failed (the pages copied to and those of the step's rows are unspecified then; others
     /// are intact).
     fn run(&mut self, step: &StepPlan) -> Result<&[f32], ModelError>;
+
+    /// Gives the cache another size or format, while no sequence needs what is in it: its
+    /// contents are lost unless nothing changes. A sequence's context stays as planned, or
+    /// shrinks to the size of the whole cache. Returns the limits from here on.
+    ///
+    /// A transaction: what the cache grows by is reserved on every device before anything is
+    /// touched, and what it shrinks by goes back to the ledger at the end.
+    ///
+    /// # Errors
+    /// The request makes no sense, or memory is short ([`ModelError::Shortfall`]): nothing has
+    /// changed then, contents included. The system refuses memory that the ledger had
+    /// ([`ModelError::Device`]): the old cache has been made anew, without its contents, or, if
+    /// the system refuses that as well, the cache has no pages until it is reshaped again.
+    fn reshape_cache(&mut self, request: CacheRequest) -> Result<&RunnerLimits, ModelError>;
 
     /// Loads a LoRA adapter, whose effect is multiplied by `scale`, beside the model: its
     /// weights and, with the first one, the buffers that adapters share are reserved in the

@@ -2,7 +2,7 @@
 //! are, for planning and for loading alike.
 
 use oxllama_backend::{PAGE_TOKENS, WorkspaceShape};
-use oxllama_memory::{Bytes, CacheFormat, DeviceRole, StepLimits};
+use oxllama_memory::{Bytes, DeviceRole, StepLimits};
 
 use crate::ModelSpec;
 
@@ -73,7 +73,6 @@ impl StageShape {
     pub(crate) fn new(
         spec: &ModelSpec,
         head_width: usize,
-        cache_format: CacheFormat,
         logit_rows: usize,
         role: &DeviceRole,
         limits: &StepLimits,
@@ -124,7 +123,6 @@ impl StageShape {
             head_dim: spec.head_dim,
             rotary_dim: rotary_dim.unwrap_or(0),
             ropes: spec.ropes.len(),
-            cache_format,
         };
         Self {
             activations,

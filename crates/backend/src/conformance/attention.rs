@@ -333,7 +333,6 @@ impl<'a, D: Device> Sequences<'a, D> {
             head_dim: case.head_dim,
             rotary_dim: case.head_dim,
             ropes: self.ropes.len(),
-            cache_format: self.format,
         })?;
         Ok((cache, workspace))
     }

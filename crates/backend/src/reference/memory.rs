@@ -19,6 +19,10 @@ impl DeviceMemory for ReferenceDevice {
         HostBuffer::allocate(&self.id, reservation)
     }
 
+    fn release(&self, buffer: HostBuffer) -> Reservation {
+        buffer.into_reservation()
+    }
+
     fn upload(&self, source: &[u8], destination: &mut HostBuffer) -> Result<(), DeviceError> {
         destination.as_mut_slice()[..source.len()].copy_from_slice(source);
         Ok(())

@@ -26,6 +26,10 @@ impl DeviceMemory for FaultyDevice {
         self.0.allocate(reservation)
     }
 
+    fn release(&self, buffer: HostBuffer) -> Reservation {
+        self.0.release(buffer)
+    }
+
     fn upload(&self, source: &[u8], destination: &mut HostBuffer) -> Result {
         self.0.upload(source, destination)
     }

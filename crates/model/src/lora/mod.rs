@@ -91,9 +91,9 @@ struct Group {
 
 /// The adapters of a model.
 pub(crate) struct Adapters<D: Device> {
-    ledger: Ledger,
+    pub(crate) ledger: Ledger,
     /// The model's name in the ledger.
-    owner: String,
+    pub(crate) owner: String,
     /// Of each adapter.
     ids: Vec<u32>,
     next_id: u32,
