@@ -61,6 +61,21 @@ fn a_model_does_not_differ_from_itself() {
 }
 
 #[test]
+fn a_quantised_cache_is_measured_against_fp16() {
+    let model = tiny("qwen3");
+    let kl = |cache: &str| {
+        let reference = ["--reference", model.to_str().unwrap(), "--cache", cache];
+        let arguments = [&ROWS[..], &reference].concat();
+        let report = json(&eval(&model, &arguments).succeeded());
+        report["comparison"]["kl"].as_f64().unwrap()
+    };
+    // Were the reference's cache quantised as well, all would be zero.
+    let [fp16, q8, q4] = ["fp16", "q8", "q4"].map(kl);
+    assert!(fp16.abs() < 1e-9, "{fp16}");
+    assert!(q8 > 0.0 && q4 > 4.0 * q8, "{q8} and {q4}");
+}
+
+#[test]
 fn models_that_differ_are_measured_against_each_other() {
     let reference = tiny("phi3");
     let arguments = [&ROWS[..], &["--reference", reference.to_str().unwrap()]].concat();

@@ -197,6 +197,28 @@ fn batch_and_cache_format_multiply_the_cache() {
 }
 
 #[test]
+fn quantised_caches_take_8_6_and_4_bits_and_their_scales() {
+    // Heads of 16 are no groups of 32; those of the Qwen3 fixture are one each.
+    plan(&tiny("llama"), &["--cache", "q8"]).failed_with(&[
+        "q8",
+        "groups of 32",
+        "heads of 16",
+        "f16",
+    ]);
+    let model = tiny("qwen3");
+    let kv_cache = |cache: &str| {
+        let plan = plan_json(&model, &["--context", "256", "--cache", cache]);
+        let name = cache.strip_prefix("fp").map(|bits| format!("f{bits}"));
+        assert_eq!(plan["cache"], name.unwrap_or(cache.to_owned()));
+        number(&plan["totals"]["kv_cache"])
+    };
+    let half = kv_cache("fp16");
+    for (cache, thirty_seconds) in [("fp32", 64), ("q8", 17), ("q6", 13), ("q4", 9)] {
+        assert_eq!(kv_cache(cache), half / 32 * thirty_seconds, "{cache}");
+    }
+}
+
+#[test]
 fn plans_of_the_real_model_fit_its_devices() {
     let Some(model) = shared("models/smollm2-135m-exl2-4.0bpw") else {
         return;

@@ -8,8 +8,9 @@ use oxllama_memory::{Bytes, CacheFormat, DeviceId, PlanError, Policy};
 use oxllama_model::{ModelError, ModelRequest, ModelSpec, RopeScaling, plan_model};
 use serde_json::{Value, json};
 
+use crate::families::fixture;
 use crate::files::{Tensor, sparse_exl2, write_safetensors};
-use crate::harness::virtual_devices;
+use crate::harness::{exact_request, virtual_devices};
 
 /// Llama 3 70B's configuration.
 fn llama_70b() -> Value {
@@ -171,6 +172,31 @@ fn phi3_medium_128k_is_limited_by_its_cache_and_told_so() {
     ));
     assert_eq!(short[0].inverse_frequencies, long[0].inverse_frequencies);
     assert!((short[0].attention_factor - 1.190_238).abs() < 1e-6);
+}
+
+#[test]
+fn a_quantised_cache_is_for_heads_of_whole_groups() {
+    let device = ReferenceDevice::new(DeviceId::cpu(0));
+    let (inventory, _) = virtual_devices(1, Bytes::from_mib(64));
+    let plan = |name: &str, cache| {
+        let source = ModelSource::open(&fixture(name)).expect("a model");
+        let spec = ModelSpec::from_config(source.config()).expect("a configuration");
+        let request = ModelRequest {
+            cache,
+            ..exact_request(64)
+        };
+        plan_model(&source, &spec, &device, &inventory, &request)
+    };
+    // Heads of 32 in Qwen3, of 16 in Llama 3.
+    for format in [CacheFormat::Q8, CacheFormat::Q6, CacheFormat::Q4] {
+        assert!(plan("qwen3", format).is_ok(), "{format}");
+        let refused = plan("llama3", format);
+        let Err(error @ ModelError::UnquantisableCache { head_dim: 16, .. }) = refused else {
+            panic!("expected a refusal, got {refused:?}");
+        };
+        let message = error.to_string();
+        assert!(message.contains("use a cache of format f16"), "{message}");
+    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use oxllama_backend::Device;
 use oxllama_backend::reference::ReferenceDevice;
-use oxllama_memory::{Bytes, DeviceId, Policy};
+use oxllama_memory::{Bytes, CacheFormat, DeviceId, Policy};
 use oxllama_model::{ModelRequest, Runner, StepPlan};
 
 use crate::families::fixture;
@@ -18,15 +18,21 @@ fn prompt(length: usize) -> Vec<u32> {
 }
 
 /// A request of chunks up to 512 over a context of two pages.
-fn request() -> ModelRequest {
+fn request(cache: CacheFormat) -> ModelRequest {
     ModelRequest {
         policy: Policy::Balanced,
+        cache,
         ..exact_request(512)
     }
 }
 
 /// Loads a fixture made longer: 1024 positions, and its first two layers repeated to eight.
-fn load_stretched<D: Device>(name: &str, devices: u32, device: fn(DeviceId) -> D) -> Loaded<D> {
+fn load_stretched<D: Device>(
+    name: &str,
+    cache: CacheFormat,
+    devices: u32,
+    device: fn(DeviceId) -> D,
+) -> Loaded<D> {
     const LAYERS: usize = 8;
     let path = altered_copy(
         &fixture(name),
@@ -55,14 +61,19 @@ fn load_stretched<D: Device>(name: &str, devices: u32, device: fn(DeviceId) -> D
         },
     );
     let (inventory, ledger) = virtual_devices(devices, Bytes::from_mib(64));
-    load_with(path.path(), &request(), &inventory, ledger, device).expect("a model")
+    load_with(path.path(), &request(cache), &inventory, ledger, device).expect("a model")
 }
 
 fn check_splits<D: Device>(device: fn(DeviceId) -> D) {
-    for name in ["llama3", "gemma3", "cohere"] {
+    for (name, cache) in [
+        ("llama3", CacheFormat::F32),
+        ("gemma3", CacheFormat::F32),
+        ("cohere", CacheFormat::F32),
+        ("qwen3", CacheFormat::Q6),
+    ] {
         let mut expected = None;
         for devices in 1..=4 {
-            let mut loaded = load_stretched(name, devices, device);
+            let mut loaded = load_stretched(name, cache, devices, device);
             assert_eq!(loaded.plan.memory.devices.len(), devices as usize, "{name}");
             let mut sequence = Sequence::new(&loaded.model);
             let mut logits = sequence.feed(&mut loaded.model, &prompt(40));
@@ -83,8 +94,14 @@ fn layers_on_several_devices_give_the_same_bits() {
 
 fn check_chunks<D: Device>(device: fn(DeviceId) -> D) {
     let tokens = prompt(300);
-    for name in ["llama3", "gemma2"] {
-        let mut model = load_stretched(name, 1, device).model;
+    for (name, cache) in [
+        ("llama3", CacheFormat::F32),
+        ("gemma2", CacheFormat::F16),
+        ("qwen3", CacheFormat::Q8),
+        ("qwen3", CacheFormat::Q6),
+        ("qwen3", CacheFormat::Q4),
+    ] {
+        let mut model = load_stretched(name, cache, 1, device).model;
         let expected = Sequence::new(&model).feed(&mut model, &tokens);
         for chunk in [1, 2, 7, 32, 100, 255, 256, 257] {
             let mut sequence = Sequence::new(&model);
@@ -92,7 +109,7 @@ fn check_chunks<D: Device>(device: fn(DeviceId) -> D) {
             for part in tokens.chunks(chunk) {
                 logits.extend(sequence.feed(&mut model, part));
             }
-            assert!(logits == expected, "{name} in chunks of {chunk}");
+            assert!(logits == expected, "{name}, {cache}, in chunks of {chunk}");
         }
     }
 }
