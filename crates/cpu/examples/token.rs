@@ -1,7 +1,7 @@
 //! Times whole decode and prefill steps of a SmolLM2-135M-shaped EXL2 model with random weights.
 //!
-//! Arguments: threads (default: all), context tokens before the timed steps (default 64),
-//! tensors at 4.0 bits a weight laid out as EXL2 writes them.
+//! Arguments: threads (default: all), context tokens before the timed steps (default 64), format
+//! of the cache (default f16). Tensors at 4.0 bits a weight are laid out as EXL2 writes them.
 #![allow(
     clippy::print_stdout,
     reason = "a measuring program prints what it measured"
@@ -112,6 +112,13 @@ fn main() {
     };
     let threads: Option<usize> = argument(1);
     let context: usize = argument(2).unwrap_or(64);
+    let format = match std::env::args().nth(3) {
+        None => CacheFormat::F16,
+        Some(name) => CacheFormat::ALL
+            .into_iter()
+            .find(|format| format.to_string() == name)
+            .expect("f32, f16, q8, q6 or q4"),
+    };
     let id = DeviceId::cpu(0);
     let device = CpuDevice::new(id.clone(), CpuOptions { threads, isa: None }).unwrap();
     let threads = device.pool().threads();
@@ -129,9 +136,10 @@ fn main() {
         pages,
         kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
-        format: CacheFormat::F16,
+        format,
     };
-    let cache_bytes = shape.key_bytes().get() as usize;
+    let key_bytes = shape.key_bytes().get() as usize;
+    let value_bytes = shape.value_bytes().get() as usize;
     for _ in 0..LAYERS {
         let attention: &[(u32, usize)] = &[(5, 64), (4, 512)];
         let down: &[(u32, usize)] = &[(6, 64), (4, 1472)];
@@ -150,8 +158,8 @@ fn main() {
             mlp_norm: bench.norm(),
             cache: KvLayer {
                 shape,
-                keys: bench.zeros(cache_bytes),
-                values: bench.zeros(cache_bytes),
+                keys: bench.zeros(key_bytes),
+                values: bench.zeros(value_bytes),
             },
         });
     }
