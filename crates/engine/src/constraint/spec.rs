@@ -79,11 +79,12 @@ impl ConstraintSpec {
             Self::Regex(regex) => TopLevelGrammar::from_regex(regex),
             Self::Lark(grammar) => TopLevelGrammar::from_lark(grammar.clone()),
             Self::Choice(choices) => {
-                // Lark writes strings as JSON does. A terminal, as opposed to a rule, is one
-                // automaton, whatever the number of choices.
+                // Lark writes strings as JSON does, but for one control character. A terminal, as
+                // opposed to a rule, is one automaton, whatever the number of choices.
                 let choices: Vec<String> = choices
                     .iter()
                     .map(|choice| Value::from(choice.as_str()).to_string())
+                    .map(|choice| choice.replace('\u{7f}', "\\u007f"))
                     .collect();
                 let choices = choices.join(" | ");
                 TopLevelGrammar::from_lark(format!("start: CHOICE\nCHOICE: {choices}\n"))

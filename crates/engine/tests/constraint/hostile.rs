@@ -1,9 +1,10 @@
 //! Specifications that must be refused, or at least do no harm.
 
-use oxllama_engine::{ConstraintError, ConstraintSpec};
+use oxllama_engine::{ConstraintError, ConstraintSpec, TokenMask};
 use serde_json::{Value, json};
 
 use crate::Model;
+use crate::writer::allowed;
 
 fn refusal(model: &Model, spec: &ConstraintSpec) -> ConstraintError {
     match model.compiler.compile(spec) {
@@ -114,5 +115,68 @@ fn specifications_survive_json() {
     ] {
         let text = serde_json::to_string(&spec).unwrap();
         assert_eq!(serde_json::from_str::<ConstraintSpec>(&text).unwrap(), spec);
+    }
+}
+
+/// What a grammar can be made to cost: none of these may crash, hang or be silently wrong. Each
+/// is either refused or gives masks until it fails with an error.
+#[test]
+fn specifications_made_to_exhaust_do_no_harm() {
+    let model = Model::byte_level();
+    let chain = 3_000;
+    let references: serde_json::Map<String, Value> = (0..chain)
+        .map(|number| {
+            let next = json!({ "$ref": format!("#/$defs/part{}", number + 1) });
+            (format!("part{number}"), next)
+        })
+        .chain([(format!("part{chain}"), json!({ "type": "integer" }))])
+        .collect();
+    let many_properties: serde_json::Map<String, Value> = (0..5_000)
+        .map(|number| (format!("property {number}"), json!({ "type": "string" })))
+        .collect();
+    let rules = |separator: &str| {
+        let names: Vec<String> = (0..chain)
+            .map(|number| format!("r{number}: \"x\" r{}", number + 1))
+            .collect();
+        format!("start: r0\n{}\nr{chain}: \"y\"", names.join(separator))
+    };
+    let nested = |open: &str, close: &str| format!("{}a{}", open.repeat(90), close.repeat(90));
+    let specs = [
+        ConstraintSpec::JsonSchema(json!({ "$ref": "#/$defs/part0", "$defs": references })),
+        ConstraintSpec::JsonSchema(json!({ "$ref": "#" })),
+        ConstraintSpec::JsonSchema(json!({ "anyOf": [{ "$ref": "#" }, { "type": "null" }] })),
+        ConstraintSpec::JsonSchema(json!({ "type": "object", "properties": many_properties })),
+        ConstraintSpec::JsonSchema(json!({ "type": "string", "maxLength": u64::MAX })),
+        ConstraintSpec::JsonSchema(json!({ "type": "array", "minItems": 4_000_000_000_u64 })),
+        ConstraintSpec::JsonSchema(json!({ "type": "string", "pattern": "(a{999}){999}" })),
+        ConstraintSpec::Regex("((a{1000}){1000}){1000}".to_owned()),
+        ConstraintSpec::Regex("(.*a.{40}|.*b.{50})*c".to_owned()),
+        ConstraintSpec::Regex(nested("(", "|b)*")),
+        ConstraintSpec::Regex("a|".repeat(100_000) + "b"),
+        ConstraintSpec::Regex("ab?".repeat(20_000)),
+        ConstraintSpec::Lark(rules("\n")),
+        ConstraintSpec::Lark(
+            rules("\n")
+                .replace('r', "R")
+                .replace("staRt: R0", "start: R0"),
+        ),
+        ConstraintSpec::Lark(format!("start: {}", nested("(\"b\" | ", ")"))),
+        ConstraintSpec::Lark("start: start start | \"a\" | \"\"".to_owned()),
+        ConstraintSpec::Lark("start: start".to_owned()),
+    ];
+    for (number, spec) in specs.iter().enumerate() {
+        let Ok(mut constraint) = model.compiler.compile(spec) else {
+            continue;
+        };
+        let mut mask = TokenMask::none(model.vocab_size);
+        for _ in 0..20 {
+            let Ok(()) = constraint.mask(&mut mask) else {
+                break;
+            };
+            let Some(id) = allowed(&mask).into_iter().next_back() else {
+                break;
+            };
+            assert!(constraint.accept(id).is_ok(), "specification {number}");
+        }
     }
 }

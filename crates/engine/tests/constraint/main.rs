@@ -10,12 +10,13 @@ mod writer;
 use std::path::{Path, PathBuf};
 
 use oxllama_engine::ConstraintCompiler;
-use oxllama_text::Tokenizer;
+use oxllama_text::{Tokenizer, VocabularyIndex};
 use serde_json::{Value, json};
 
 /// A tokenizer with its compiler.
 struct Model {
     tokenizer: Tokenizer,
+    index: VocabularyIndex,
     compiler: ConstraintCompiler,
     vocab_size: usize,
 }
@@ -26,6 +27,7 @@ impl Model {
         let vocab_size = tokenizer.vocab_size().next_multiple_of(64);
         let compiler = ConstraintCompiler::new(&tokenizer, vocab_size).unwrap();
         Self {
+            index: VocabularyIndex::new(&tokenizer),
             tokenizer,
             compiler,
             vocab_size,
@@ -44,6 +46,14 @@ impl Model {
     /// Bytes and the merges of some English words, two stop tokens.
     fn byte_level() -> Self {
         Self::tiny("byte_level", &[1, 321])
+    }
+
+    /// The tokens with exactly these texts, in the same order, as far as there are any.
+    fn ids_of<'a>(&'a self, texts: &'a [&str]) -> impl Iterator<Item = u32> + 'a {
+        texts.iter().filter_map(|text| {
+            let first = self.index.tokens_with_prefix(text.as_bytes()).next();
+            first.filter(|&id| self.index.token_bytes(id) == text.as_bytes())
+        })
     }
 
     /// The tokenizer of a real model with 49,152 tokens; without it the test is skipped, loudly.

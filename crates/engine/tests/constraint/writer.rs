@@ -4,8 +4,8 @@ use oxllama_engine::{Constraint, ConstraintSpec, TokenMask};
 
 use crate::Model;
 
-/// After this many tokens the model looks for the shortest way out.
-const FREE_TOKENS: usize = 30;
+/// After this many bytes the model looks for the shortest way out.
+const FREE_BYTES: usize = 100;
 /// An answer that is not complete by then will not end.
 const MOST_TOKENS: usize = 3_000;
 
@@ -43,28 +43,37 @@ pub(crate) fn allowed(mask: &TokenMask) -> Vec<u32> {
         .collect()
 }
 
+/// Tokens that lead towards the end of an answer, a closing quote first.
+const CLOSING: [&str; 15] = [
+    "\"", "}", "]", "\"}", "\"]", ":", ",", "0", "@", ".", "a", "e", "!", "z", "=",
+];
+
 /// Draws the next token.
-fn draw(model: &Model, allowed: &[u32], written: usize, random: &mut Random) -> u32 {
-    let bytes = |id: u32| model.tokenizer.token_bytes(id).unwrap_or_default();
-    let ends = |id: &u32| model.tokenizer.eos_ids().contains(id);
-    if let Some(&stop) = allowed.iter().find(|id| ends(id))
-        && (written > FREE_TOKENS || random.once_in(4) || allowed.iter().all(|id| ends(id)))
-    {
-        return stop;
+fn draw(model: &Model, mask: &TokenMask, answer: &[u8], random: &mut Random) -> u32 {
+    let written = answer.len();
+    let (stops, mut text): (Vec<u32>, Vec<u32>) = allowed(mask)
+        .into_iter()
+        .partition(|id| model.tokenizer.eos_ids().contains(id));
+    if !stops.is_empty() && (written > FREE_BYTES || random.once_in(4) || text.is_empty()) {
+        return random.choose(&stops);
     }
-    if written > FREE_TOKENS || random.once_in(3) {
-        for closing in ["\"", "}", "]", "\"}", "\"]", ":", "0", "false", "null"] {
-            if let Some(&id) = allowed.iter().find(|&&id| bytes(id) == closing.as_bytes()) {
-                return id;
-            }
+    if answer.last().is_some_and(u8::is_ascii_digit) && text.len() > 2 {
+        // A number with a large exponent is JSON, but more than a validator can hold.
+        text.retain(|&id| !matches!(model.index.token_bytes(id)[0], b'e' | b'E'));
+    }
+    if written > FREE_BYTES && !random.once_in(4) || random.once_in(3) {
+        let closing: Vec<u32> = model
+            .ids_of(&CLOSING)
+            .filter(|id| text.binary_search(id).is_ok())
+            .collect();
+        match closing.first() {
+            Some(&quote) if model.index.token_bytes(quote) == b"\"" => return quote,
+            Some(_) => return random.choose(&closing),
+            None => {}
         }
     }
-    let text: Vec<u32> = allowed.iter().copied().filter(|id| !ends(id)).collect();
-    let visible: Vec<u32> = text
-        .iter()
-        .copied()
-        .filter(|&id| !bytes(id).iter().all(u8::is_ascii_whitespace))
-        .collect();
+    let is_space = |&&id: &&u32| model.index.token_bytes(id).trim_ascii().is_empty();
+    let visible: Vec<u32> = text.iter().filter(|id| !is_space(id)).copied().collect();
     if visible.is_empty() || random.once_in(20) {
         random.choose(&text)
     } else {
@@ -78,7 +87,7 @@ pub(crate) fn write_bytes(model: &Model, mut constraint: Constraint, seed: u64) 
     let mut random = Random(seed);
     let mut mask = TokenMask::all(model.vocab_size);
     let mut answer = Vec::new();
-    for written in 0..MOST_TOKENS {
+    for _ in 0..MOST_TOKENS {
         if constraint.is_complete() {
             assert!(constraint.may_end());
             return answer;
@@ -91,13 +100,13 @@ pub(crate) fn write_bytes(model: &Model, mut constraint: Constraint, seed: u64) 
                 .all(|&id| mask.is_allowed(id) == constraint.may_end()),
             "stop tokens are allowed exactly where the answer may end"
         );
-        let id = draw(model, &allowed(&mask), written, &mut random);
+        let id = draw(model, &mask, &answer, &mut random);
         constraint.accept(id).unwrap();
         if eos_ids.contains(&id) {
             assert!(constraint.is_complete());
             return answer;
         }
-        answer.extend(model.tokenizer.token_bytes(id).unwrap());
+        answer.extend_from_slice(model.index.token_bytes(id));
     }
     panic!("{:?} goes on and on", String::from_utf8_lossy(&answer));
 }
