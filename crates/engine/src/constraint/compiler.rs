@@ -10,6 +10,10 @@ use toktrie::TokEnv;
 use super::vocabulary::Vocabulary;
 use super::{Constraint, ConstraintError, ConstraintSpec, message_of};
 
+/// llguidance follows chains of references recursively, and the longest that
+/// a specification has room for need some 200 MiB. What is not used costs addresses only.
+const COMPILE_STACK_BYTES: usize = 1 << 29;
+
 /// Compiles constraints for one tokenizer.
 ///
 /// Building it takes a second or less and some tens of bytes for each byte of the vocabulary, so
@@ -60,17 +64,28 @@ impl ConstraintCompiler {
     /// other errors if the specification is too long, too deep, empty, or cannot be rolled back.
     pub fn compile(&self, spec: &ConstraintSpec) -> Result<Constraint, ConstraintError> {
         spec.check()?;
-        let constraint = llguidance::panic_utils::catch_unwind(AssertUnwindSafe(|| {
-            let parser = self.factory.create_parser(spec.grammar())?;
-            Ok(Constraint::new(
-                parser,
-                Arc::clone(&self.stop_ids),
-                self.vocab_size,
-            ))
-        }));
-        let constraint = constraint.map_err(|error| ConstraintError::Rejected {
+        let compile = || {
+            llguidance::panic_utils::catch_unwind(AssertUnwindSafe(|| {
+                let parser = self.factory.create_parser(spec.grammar())?;
+                let stop_ids = Arc::clone(&self.stop_ids);
+                Ok(Constraint::new(parser, stop_ids, self.vocab_size))
+            }))
+            .map_err(|error| message_of(&error))
+        };
+        let constraint = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new()
+                .name("constraint".to_owned())
+                .stack_size(COMPILE_STACK_BYTES)
+                .spawn_scoped(scope, compile)
+                .map_err(|error| format!("no thread to compile it: {error}"))?;
+            // Panics were caught inside.
+            thread
+                .join()
+                .unwrap_or_else(|_| Err("it was not compiled".to_owned()))
+        });
+        let constraint = constraint.map_err(|message| ConstraintError::Rejected {
             kind: spec.kind(),
-            message: message_of(&error),
+            message,
         })?;
         let lexer = constraint.parser.parser.grammar().lexer_spec();
         if !lexer.can_rollback() {

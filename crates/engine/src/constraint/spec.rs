@@ -6,10 +6,11 @@ use serde_json::{Value, json};
 
 use super::ConstraintError;
 
-/// The most bytes of a specification; of a schema, written without spaces.
-const BYTES_LIMIT: usize = 1 << 20;
+/// The most bytes of a specification; of a schema, written without spaces. llguidance's time grows
+/// with the square of some of its parts: 5,000 members of one object take ten seconds.
+const BYTES_LIMIT: usize = 1 << 17;
 
-/// The deepest nesting of a specification: llguidance follows it recursively.
+/// The deepest nesting of a specification.
 const DEPTH_LIMIT: usize = 100;
 
 /// Space between the parts of a JSON document: one space, or a line break and its indentation.

@@ -118,31 +118,32 @@ fn specifications_survive_json() {
     }
 }
 
-/// What a grammar can be made to cost: none of these may crash, hang or be silently wrong. Each
-/// is either refused or gives masks until it fails with an error.
+/// Each of these is either refused, or gives masks, perhaps until it fails with an error.
 #[test]
 fn specifications_made_to_exhaust_do_no_harm() {
     let model = Model::byte_level();
-    let chain = 3_000;
+    // As long as fits.
+    let chain = 4_000;
     let references: serde_json::Map<String, Value> = (0..chain)
         .map(|number| {
-            let next = json!({ "$ref": format!("#/$defs/part{}", number + 1) });
-            (format!("part{number}"), next)
+            let next = json!({ "$ref": format!("#/$defs/p{}", number + 1) });
+            (format!("p{number}"), next)
         })
-        .chain([(format!("part{chain}"), json!({ "type": "integer" }))])
+        .chain([(format!("p{chain}"), json!({ "type": "integer" }))])
         .collect();
-    let many_properties: serde_json::Map<String, Value> = (0..5_000)
+    let many_properties: serde_json::Map<String, Value> = (0..1_000)
         .map(|number| (format!("property {number}"), json!({ "type": "string" })))
         .collect();
+    let rule_chain = 7_500;
     let rules = |separator: &str| {
-        let names: Vec<String> = (0..chain)
-            .map(|number| format!("r{number}: \"x\" r{}", number + 1))
+        let names: Vec<String> = (0..rule_chain)
+            .map(|number| format!("r{number}:\"x\"r{}", number + 1))
             .collect();
-        format!("start: r0\n{}\nr{chain}: \"y\"", names.join(separator))
+        format!("start: r0\n{}\nr{rule_chain}: \"y\"", names.join(separator))
     };
     let nested = |open: &str, close: &str| format!("{}a{}", open.repeat(90), close.repeat(90));
     let specs = [
-        ConstraintSpec::JsonSchema(json!({ "$ref": "#/$defs/part0", "$defs": references })),
+        ConstraintSpec::JsonSchema(json!({ "$ref": "#/$defs/p0", "$defs": references })),
         ConstraintSpec::JsonSchema(json!({ "$ref": "#" })),
         ConstraintSpec::JsonSchema(json!({ "anyOf": [{ "$ref": "#" }, { "type": "null" }] })),
         ConstraintSpec::JsonSchema(json!({ "type": "object", "properties": many_properties })),
@@ -152,7 +153,7 @@ fn specifications_made_to_exhaust_do_no_harm() {
         ConstraintSpec::Regex("((a{1000}){1000}){1000}".to_owned()),
         ConstraintSpec::Regex("(.*a.{40}|.*b.{50})*c".to_owned()),
         ConstraintSpec::Regex(nested("(", "|b)*")),
-        ConstraintSpec::Regex("a|".repeat(100_000) + "b"),
+        ConstraintSpec::Regex("a|".repeat(60_000) + "b"),
         ConstraintSpec::Regex("ab?".repeat(20_000)),
         ConstraintSpec::Lark(rules("\n")),
         ConstraintSpec::Lark(
@@ -165,8 +166,10 @@ fn specifications_made_to_exhaust_do_no_harm() {
         ConstraintSpec::Lark("start: start".to_owned()),
     ];
     for (number, spec) in specs.iter().enumerate() {
-        let Ok(mut constraint) = model.compiler.compile(spec) else {
-            continue;
+        let mut constraint = match model.compiler.compile(spec) {
+            Ok(constraint) => constraint,
+            Err(ConstraintError::Rejected { .. }) => continue,
+            Err(error) => panic!("specification {number}: {error}"),
         };
         let mut mask = TokenMask::none(model.vocab_size);
         for _ in 0..20 {
@@ -176,7 +179,11 @@ fn specifications_made_to_exhaust_do_no_harm() {
             let Some(id) = allowed(&mask).into_iter().next_back() else {
                 break;
             };
-            assert!(constraint.accept(id).is_ok(), "specification {number}");
+            match constraint.accept(id) {
+                Ok(()) => {}
+                Err(ConstraintError::Failed { .. }) => break,
+                Err(error) => panic!("specification {number}: {error}"),
+            }
         }
     }
 }
