@@ -3,6 +3,7 @@
 use oxllama_model::ModelError;
 use oxllama_text::TextError;
 
+use crate::scheduler::Refusal;
 use crate::{ConstraintError, SettingsError};
 
 /// A job was refused, or failed. Other jobs are unharmed.
@@ -37,12 +38,97 @@ pub enum EngineError {
         vocab_size: usize,
     },
 
-    /// The pool has no page left.
-    #[error("the cache has no free page left: all {pages} pages are in use")]
-    OutOfPages {
-        /// Pages in the pool.
-        pages: usize,
+    /// More tokens at least than at most.
+    #[error(
+        "min_new_tokens is {min_new_tokens} but max_new_tokens is {max_new_tokens}: raise the \
+         latter or lower the former"
+    )]
+    TokenLimits {
+        /// At least.
+        min_new_tokens: usize,
+        /// At most.
+        max_new_tokens: usize,
     },
+
+    /// A guidance scale that is no number.
+    #[error("the guidance scale is {found}, expected a finite number (1 is no guidance)")]
+    GuidanceScale {
+        /// The scale found.
+        found: f32,
+    },
+
+    /// Even alone the job could not run.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+
+    /// Too many jobs wait.
+    #[error(
+        "{limit} jobs wait already: submit again when some have started, or raise the limit of \
+         the queue"
+    )]
+    QueueFull {
+        /// Most jobs that may wait.
+        limit: usize,
+    },
+
+    /// An adapter that is not loaded.
+    #[error("there is no adapter {id}: it was not loaded, or is unloaded again")]
+    UnknownAdapter {
+        /// The number found.
+        id: u32,
+    },
+
+    /// An adapter that cannot be unloaded yet.
+    #[error("adapter {id} is in use by {jobs} jobs: wait until they end, or cancel them")]
+    AdapterInUse {
+        /// The adapter.
+        id: u32,
+        /// Jobs that name it.
+        jobs: usize,
+    },
+
+    /// The cache can be changed only while nothing runs.
+    #[error("{jobs} jobs are in flight: the cache can be changed when they have ended")]
+    NotIdle {
+        /// Jobs that wait or run.
+        jobs: usize,
+    },
+
+    /// The draft model was planned for less than the model.
+    #[error(
+        "the draft model has {found} {what} and the model {needed}: plan both with the same \
+         --context and --cache-tokens"
+    )]
+    DraftTooSmall {
+        /// What there is too little of.
+        what: &'static str,
+        /// Of the draft model.
+        found: usize,
+        /// Of the model.
+        needed: usize,
+    },
+
+    /// Every way on leads to a banned string.
+    #[error(
+        "after going back {rewinds} times the answer still runs into a banned string: ban fewer \
+         or longer strings"
+    )]
+    BannedEverywhere {
+        /// How often another token was tried.
+        rewinds: usize,
+    },
+
+    /// The engine takes no jobs any more.
+    #[error("the engine has been shut down, or is about to be")]
+    Closed,
+
+    /// The engine's thread failed by a mistake of its own.
+    #[error("the engine failed by a bug of its own and has ended: please report this")]
+    Panicked,
+
+    /// The system refused the engine a thread.
+    #[error("cannot start the engine's thread: {0}")]
+    Thread(#[from] std::io::Error),
 
     /// The model computed something that is not a number.
     #[error(

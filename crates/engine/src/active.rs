@@ -1,0 +1,309 @@
+//! A job in flight: everything about it that is not pages and rows.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::job::{Event, FinishReason, Job, Timings, Usage};
+use crate::output::{Output, Pushed};
+use crate::speculate::DraftLength;
+use crate::stream::EventSender;
+use crate::{Constraint, EngineError, SampleError, Sampler, TokenMask, token_logprobs};
+
+/// Rewinds after which a job that cannot get round its banned strings is given up.
+const MOST_REWINDS: usize = 1000;
+
+/// A job as it was accepted, ready to run.
+pub(crate) struct Active {
+    pub(crate) job: Job,
+    pub(crate) events: EventSender,
+    /// Tokens of the prompt, and of the negative one if there is one.
+    pub(crate) prompt_tokens: Vec<usize>,
+    pub(crate) sampler: Sampler,
+    pub(crate) output: Output,
+    pub(crate) constraint: Option<Constraint>,
+    /// What the first token may be, if it replaces one of the prompt.
+    pub(crate) healing: Option<TokenMask>,
+    pub(crate) draft_length: DraftLength,
+    pub(crate) usage: Usage,
+    pub(crate) clock: Clock,
+    /// The place in the queue that was last told.
+    pub(crate) told_position: Option<usize>,
+    /// Tokens that may not be drawn at a place of the answer.
+    bans: HashMap<usize, Vec<u32>>,
+    rewinds: usize,
+    /// Masks for the rows of the next draw, as far as the constraint allows the drafts.
+    masks: Vec<Result<TokenMask, crate::ConstraintError>>,
+    mask: TokenMask,
+}
+
+/// When things happened to a job.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Clock {
+    pub(crate) submitted: Instant,
+    pub(crate) started: Option<Instant>,
+    pub(crate) prefilled: Option<Instant>,
+    pub(crate) decode_steps: usize,
+}
+
+/// The parts of an [`Active`] that its submitter made.
+pub(crate) struct Parts {
+    pub(crate) job: Job,
+    pub(crate) events: EventSender,
+    pub(crate) prompt_tokens: Vec<usize>,
+    pub(crate) sampler: Sampler,
+    pub(crate) output: Output,
+    pub(crate) constraint: Option<Constraint>,
+    pub(crate) healing: Option<TokenMask>,
+    pub(crate) draft_length: DraftLength,
+    pub(crate) vocab_size: usize,
+}
+
+/// How a job goes on after a draw.
+pub(crate) enum Outcome {
+    Continues,
+    /// The answer goes on after its first so many tokens, with another token.
+    Rewinds {
+        kept_new: usize,
+    },
+    Finishes(FinishReason),
+    Fails(EngineError),
+}
+
+impl Active {
+    pub(crate) fn new(parts: Parts) -> Self {
+        let usage = Usage {
+            prompt_tokens: parts.prompt_tokens[0],
+            ..Usage::default()
+        };
+        Self {
+            job: parts.job,
+            events: parts.events,
+            prompt_tokens: parts.prompt_tokens,
+            sampler: parts.sampler,
+            output: parts.output,
+            constraint: parts.constraint,
+            healing: parts.healing,
+            draft_length: parts.draft_length,
+            usage,
+            clock: Clock {
+                submitted: Instant::now(),
+                started: None,
+                prefilled: None,
+                decode_steps: 0,
+            },
+            told_position: None,
+            bans: HashMap::new(),
+            rewinds: 0,
+            masks: Vec::new(),
+            mask: TokenMask::none(parts.vocab_size),
+        }
+    }
+
+    /// Notes that a step has given logits to draw from.
+    pub(crate) fn note_logits(&mut self) {
+        match self.clock.prefilled {
+            Some(_) => self.clock.decode_steps += 1,
+            None => self.clock.prefilled = Some(Instant::now()),
+        }
+    }
+
+    /// Notes how guesses fared.
+    pub(crate) fn note_drafts(&mut self, drafted: usize, accepted: usize) {
+        self.draft_length.observe(drafted, accepted);
+        self.usage.drafted_tokens += drafted;
+        self.usage.accepted_tokens += accepted;
+    }
+
+    /// Tokens that may still be drawn before the job's own limit.
+    pub(crate) fn tokens_left(&self) -> usize {
+        self.job.max_new_tokens.saturating_sub(self.output.tokens())
+    }
+
+    /// Computes what the constraint allows after the answer so far and after each of `drafts`.
+    /// Runs beside the device.
+    pub(crate) fn prepare_masks(&mut self, drafts: &[u32]) {
+        self.masks.clear();
+        let Some(constraint) = &mut self.constraint else {
+            return;
+        };
+        let mut accepted = 0;
+        for place in 0..=drafts.len() {
+            let mut mask = TokenMask::none(self.mask.vocab_size());
+            let masked = constraint.mask(&mut mask);
+            let failed = masked.is_err();
+            self.masks.push(masked.map(|()| mask));
+            if failed || place == drafts.len() || constraint.accept(drafts[place]).is_err() {
+                break;
+            }
+            accepted += 1;
+            if constraint.is_complete() {
+                break;
+            }
+        }
+        if let Err(error) = constraint.rollback(accepted) {
+            self.masks = vec![Err(error)];
+        }
+    }
+
+    /// Draws from `logits`, f32 `[rows, vocab_size]`: the rows after the last token and after
+    /// each of `drafts`, as long as the drafts are what is drawn. The tokens that follow the
+    /// sequence are added to `new_tokens`.
+    pub(crate) fn draw(
+        &mut self,
+        logits: &[f32],
+        drafts: &[u32],
+        context_tokens: usize,
+        new_tokens: &mut Vec<u32>,
+    ) -> Outcome {
+        if self.job.max_new_tokens == 0 {
+            return Outcome::Finishes(FinishReason::Length);
+        }
+        let vocab_size = self.mask.vocab_size();
+        for (row, logits) in logits.chunks_exact(vocab_size).enumerate() {
+            let token_id = match self.draw_token(row, logits) {
+                Ok(token_id) => token_id,
+                Err(error) => return Outcome::Fails(error),
+            };
+            if self.job.stop_token_ids.contains(&token_id) {
+                return Outcome::Finishes(FinishReason::Stop);
+            }
+            let top = self.job.logprobs;
+            let logprob = top.map(|top| token_logprobs(logits, token_id, top));
+            let raw = self.job.return_logits.then(|| logits.to_vec());
+            match self.output.push(token_id, logprob, raw) {
+                Pushed::Banned { first_token } => return self.rewind(first_token),
+                Pushed::Stopped => {
+                    new_tokens.push(token_id);
+                    return Outcome::Finishes(FinishReason::Stop);
+                }
+                Pushed::Continues => {}
+            }
+            new_tokens.push(token_id);
+            self.sampler.observe(token_id);
+            if let Some(constraint) = &mut self.constraint {
+                if let Err(error) = constraint.accept(token_id) {
+                    return Outcome::Fails(error.into());
+                }
+                if constraint.is_complete() {
+                    return Outcome::Finishes(FinishReason::Stop);
+                }
+            }
+            let longest = self.prompt_tokens.iter().copied().max().unwrap_or(0);
+            let fills_context = longest + self.output.tokens() > context_tokens;
+            if self.tokens_left() == 0 || fills_context {
+                return Outcome::Finishes(FinishReason::Length);
+            }
+            if drafts.get(row) != Some(&token_id) {
+                break;
+            }
+        }
+        Outcome::Continues
+    }
+
+    fn draw_token(&mut self, row: usize, logits: &[f32]) -> Result<u32, EngineError> {
+        let place = self.output.tokens();
+        let position = self.prompt_tokens[0] + place - 1;
+        let is_masked = self.set_mask(row, place)?;
+        let mask = is_masked.then_some(&self.mask);
+        let drawn = self.sampler.sample(logits, mask, place as u64);
+        drawn.map_err(|error| match error {
+            SampleError::NotFinite => EngineError::NotFinite { position },
+            SampleError::NothingAllowed => EngineError::NothingAllowed { position },
+        })
+    }
+
+    /// Sets the mask for the token at `place` of the answer; false: every token may be drawn.
+    fn set_mask(&mut self, row: usize, place: usize) -> Result<bool, EngineError> {
+        let healing = self.healing.as_ref().filter(|_| place == 0);
+        let constrained = match self.masks.get(row) {
+            Some(Ok(mask)) => Some(mask),
+            Some(Err(error)) => return Err(error.clone().into()),
+            None => None,
+        };
+        let banned = self.bans.get(&place);
+        let keeps_on = place < self.job.min_new_tokens && !self.job.stop_token_ids.is_empty();
+        if healing.is_none() && constrained.is_none() && banned.is_none() && !keeps_on {
+            return Ok(false);
+        }
+        match constrained.or(healing) {
+            Some(mask) => self.mask.clone_from(mask),
+            None => self
+                .mask
+                .clone_from(&TokenMask::all(self.mask.vocab_size())),
+        }
+        if let (Some(_), Some(healing)) = (constrained, healing) {
+            self.mask.intersect(healing);
+        }
+        for &token_id in banned.into_iter().flatten() {
+            self.mask.forbid(token_id);
+        }
+        if keeps_on {
+            for &token_id in &self.job.stop_token_ids {
+                self.mask.forbid(token_id);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Takes back the answer from its token `first_token` on, which is the start of a banned
+    /// string; another token is drawn there next.
+    fn rewind(&mut self, first_token: usize) -> Outcome {
+        self.rewinds += 1;
+        if self.rewinds > MOST_REWINDS {
+            return Outcome::Fails(EngineError::BannedEverywhere {
+                rewinds: MOST_REWINDS,
+            });
+        }
+        // The token that completed the string was not accepted anywhere yet.
+        let accepted = self.output.tokens() - 1;
+        let banned = self.output.token_id(first_token);
+        self.output.truncate(first_token);
+        self.sampler.truncate(self.prompt_tokens[0] + first_token);
+        if let Some(constraint) = &mut self.constraint
+            && let Err(error) = constraint.rollback(accepted - first_token)
+        {
+            return Outcome::Fails(error.into());
+        }
+        // What was banned further on was banned after other tokens.
+        self.bans.retain(|&place, _| place <= first_token);
+        self.bans.entry(first_token).or_default().extend(banned);
+        Outcome::Rewinds {
+            kept_new: first_token,
+        }
+    }
+
+    /// Tells the stream what may be shown.
+    pub(crate) fn show(&mut self) {
+        if let Some(event) = self.output.take() {
+            self.events.send(event);
+        }
+    }
+
+    /// Tells the stream the rest, and that this was all.
+    pub(crate) fn finish(mut self, reason: FinishReason, error: Option<Arc<EngineError>>) {
+        if let Some(event) = self.output.finish() {
+            self.events.send(event);
+        }
+        let now = Instant::now();
+        let Clock {
+            submitted,
+            started,
+            prefilled,
+            decode_steps,
+        } = self.clock;
+        let seconds = |from: Instant, to: Instant| (to - from).as_secs_f64();
+        self.usage.generated_tokens = self.output.tokens();
+        self.events.send(Event::Finished {
+            reason,
+            usage: self.usage,
+            timings: Timings {
+                queue_s: seconds(submitted, started.unwrap_or(now)),
+                prefill_s: started.map_or(0.0, |from| seconds(from, prefilled.unwrap_or(now))),
+                decode_s: prefilled.map_or(0.0, |from| seconds(from, now)),
+                decode_steps,
+            },
+            error,
+        });
+    }
+}

@@ -1,0 +1,8 @@
+//! The engine on tiny real models: what jobs get, whatever runs beside them.
+
+mod basics;
+mod common;
+mod faults;
+mod features;
+mod invariance;
+mod speculation;
