@@ -99,7 +99,12 @@ impl DraftModel {
             self.guess_next(&mut going, scheduler, jobs)?;
         }
         for guess in guessing {
-            scheduler.set_drafts(guess.part.job, &guess.tokens);
+            let id = guess.part.job;
+            scheduler.set_drafts(id, &guess.tokens);
+            if let Some(active) = jobs.get_mut(&id) {
+                let known = active.sampler.history().len() - guess.tokens.len();
+                active.sampler.truncate(known);
+            }
         }
         Ok(())
     }
@@ -150,9 +155,15 @@ impl DraftModel {
         for (guess, logits) in going.iter_mut().zip(logits.chunks_exact(vocab_size)) {
             let drawn = jobs.get_mut(&guess.part.job).and_then(|active| {
                 let place = active.output.tokens() + guess.tokens.len();
-                active.sampler.sample(logits, None, place as u64).ok()
+                // A guess that cannot be drawn is a bad guess and nothing worse.
+                let drawn = active
+                    .sampler
+                    .sample(logits, None, place as u64)
+                    .unwrap_or(0);
+                // Penalties count the guesses before this one, as they will if those are right.
+                active.sampler.observe(drawn);
+                Some(drawn)
             });
-            // A draft that cannot be drawn is a bad guess and nothing worse.
             guess.tokens.push(drawn.unwrap_or(0));
         }
         Ok(())

@@ -116,9 +116,10 @@ impl Output {
         let releasable = match &mut self.banned {
             Some(banned) => {
                 if let Some(offset) = banned.push(&self.text[start..]) {
-                    let first_token = self
-                        .tokens
-                        .partition_point(|token| token.text_end <= offset);
+                    // What may have been shown stays, though after another way on from there
+                    // its end turned out to be the string's beginning.
+                    let kept = offset.max(self.released);
+                    let first_token = self.tokens.partition_point(|token| token.text_end <= kept);
                     return Pushed::Banned { first_token };
                 }
                 banned.releasable()

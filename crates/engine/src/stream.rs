@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 
 use crate::job::{Completion, Event};
-use crate::{FinishReason, Timings, Usage};
+use crate::{EngineError, FinishReason, Timings, Usage};
 
 /// The events of a job, in order; ends after [`Event::Finished`].
 ///
@@ -99,6 +99,20 @@ impl EventSender {
         self.channel.arrived.notify_all();
         if let Some(waker) = waker {
             waker.wake();
+        }
+    }
+}
+
+impl Drop for EventSender {
+    /// Whatever went wrong, a stream ends.
+    fn drop(&mut self) {
+        if !self.channel.lock().closed {
+            self.send(Event::Finished {
+                reason: FinishReason::Error,
+                usage: Usage::default(),
+                timings: Timings::default(),
+                error: Some(Arc::new(EngineError::Panicked)),
+            });
         }
     }
 }

@@ -60,7 +60,9 @@ impl Worker {
         inbox.unfinished = 0;
         drop(inbox);
         for (_, active) in self.flight.jobs.drain() {
-            active.finish(reason, error.clone());
+            let error = error.clone();
+            // What a panic left of a job may panic again; its stream ends all the same.
+            let _ = catch_unwind(AssertUnwindSafe(|| active.finish(reason, error)));
         }
         self.shared.notify();
     }
