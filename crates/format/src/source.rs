@@ -52,6 +52,15 @@ pub trait TensorSource: Send + Sync {
     /// The tensor is missing, or its file can no longer be read.
     fn read(&self, name: &str) -> Result<TensorData<'_>, FormatError>;
 
+    /// The tensor's bytes as its file has them, in whatever encoding: enough to tell whether two
+    /// tensors are the same. The default is right where [`Self::read`] decodes nothing.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    fn read_stored(&self, name: &str) -> Result<Cow<'_, [u8]>, FormatError> {
+        Ok(self.read(name)?.bytes)
+    }
+
     /// The file that holds `name`, or the place where it would be looked for; used in errors.
     /// The default, an empty path, means "in memory".
     fn file_of(&self, name: &str) -> &Path {

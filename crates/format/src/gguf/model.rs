@@ -136,6 +136,16 @@ impl GgufModel {
         tensors.iter().map(|tensor| tensor.size_bytes as u64).sum()
     }
 
+    fn entry(&self, name: &str) -> Result<&Entry, FormatError> {
+        self.tensors
+            .get(name)
+            .ok_or_else(|| FormatError::MissingTensor {
+                path: self.file.path().to_path_buf(),
+                tensor: name.to_owned(),
+                expected: format!("a tensor of architecture `{}`", self.architecture.name),
+            })
+    }
+
     /// How the file stores the tensor with this Hugging Face name.
     pub fn stored(&self, name: &str) -> Option<&GgufTensor> {
         let entry = self.tensors.get(name)?;
@@ -200,14 +210,7 @@ impl TensorSource for GgufModel {
     }
 
     fn read(&self, name: &str) -> Result<TensorData<'_>, FormatError> {
-        let entry = self
-            .tensors
-            .get(name)
-            .ok_or_else(|| FormatError::MissingTensor {
-                path: self.file.path().to_path_buf(),
-                tensor: name.to_owned(),
-                expected: format!("a tensor of architecture `{}`", self.architecture.name),
-            })?;
+        let entry = self.entry(name)?;
         let stored = &self.file.header().tensors[entry.index];
         let bytes =
             decode(stored, self.file.data(stored), entry.transform).map_err(|(index, value)| {
@@ -222,6 +225,12 @@ impl TensorSource for GgufModel {
             info: entry.info.clone(),
             bytes,
         })
+    }
+
+    fn read_stored(&self, name: &str) -> Result<Cow<'_, [u8]>, FormatError> {
+        let index = self.entry(name)?.index;
+        let stored = &self.file.header().tensors[index];
+        Ok(Cow::Borrowed(self.file.data(stored)))
     }
 
     fn file_of(&self, _name: &str) -> &Path {

@@ -8,6 +8,7 @@ mod harness;
 mod hostile;
 mod layouts;
 mod ledger;
+mod pairing;
 mod planning;
 mod smollm2;
 mod split;
