@@ -22,7 +22,7 @@ const LAYERS: [&str; 8] = [
 ];
 
 /// Licences that may be linked into the binary.
-const LICENCES: [&str; 12] = [
+const LICENCES: [&str; 13] = [
     "0BSD",
     "Apache-2.0",
     "Apache-2.0 WITH LLVM-exception",
@@ -32,6 +32,7 @@ const LICENCES: [&str; 12] = [
     "CDLA-Permissive-2.0",
     "ISC",
     "MIT",
+    "MIT-0",
     "Unicode-3.0",
     "Unlicense",
     "Zlib",
