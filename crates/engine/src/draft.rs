@@ -153,7 +153,7 @@ impl DraftModel {
         let vocab_size = self.runner.spec().vocab_size;
         let logits = self.runner.run(&self.plan)?;
         for (guess, logits) in going.iter_mut().zip(logits.chunks_exact(vocab_size)) {
-            let drawn = jobs.get_mut(&guess.part.job).and_then(|active| {
+            let drawn = jobs.get_mut(&guess.part.job).map(|active| {
                 let place = active.output.tokens() + guess.tokens.len();
                 // A guess that cannot be drawn is a bad guess and nothing worse.
                 let drawn = active
@@ -162,7 +162,7 @@ impl DraftModel {
                     .unwrap_or(0);
                 // Penalties count the guesses before this one, as they will if those are right.
                 active.sampler.observe(drawn);
-                Some(drawn)
+                drawn
             });
             guess.tokens.push(drawn.unwrap_or(0));
         }
