@@ -9,7 +9,7 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 static INSTALLED: OnceLock<()> = OnceLock::new();
 
 /// The exit code that shells expect of a program ended by SIGINT.
-const EXIT_INTERRUPTED: i32 = 130;
+pub(crate) const EXIT_INTERRUPTED: u8 = 130;
 
 /// Whether the user has asked to stop.
 #[derive(Debug, Clone, Copy)]
@@ -20,7 +20,7 @@ pub(crate) fn flag() -> Result<Interrupt> {
     if INSTALLED.set(()).is_ok() {
         ctrlc::set_handler(|| {
             if INTERRUPTED.swap(true, Ordering::Relaxed) {
-                std::process::exit(EXIT_INTERRUPTED);
+                std::process::exit(EXIT_INTERRUPTED.into());
             }
         })
         .context("cannot install the handler for Control-C")?;

@@ -1,12 +1,15 @@
 //! The `oxllama` command: the only crate that prints and the only one that knows HTTP.
 
 mod args;
+mod batch;
 mod commands;
 mod fetch;
 mod interrupt;
+mod jobs;
 mod output;
 mod resolve;
 mod sampling;
+mod serving;
 mod session;
 
 use std::process::ExitCode;

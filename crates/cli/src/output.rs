@@ -31,6 +31,11 @@ pub(crate) fn note(note: impl std::fmt::Display) {
 
 /// An error with its causes, on standard error.
 pub(crate) fn error(error: &anyhow::Error) {
+    note(format_args!("oxllama: {}", message(error)));
+}
+
+/// An error with its causes in one line.
+pub(crate) fn message(error: &anyhow::Error) -> String {
     // A typed error's own message often ends with its source's: print each text once.
     let mut message = String::new();
     for cause in error.chain() {
@@ -42,7 +47,15 @@ pub(crate) fn error(error: &anyhow::Error) {
             message.push_str(&cause);
         }
     }
-    note(format!("oxllama: {message}"));
+    message
+}
+
+/// A number of things: `1 job`, `2 jobs`.
+pub(crate) fn count(number: usize, thing: &str) -> String {
+    match number {
+        1 => format!("1 {thing}"),
+        _ => format!("{number} {thing}s"),
+    }
 }
 
 /// Whether the reader of our output went away (`oxllama … | head`), which is no error.
@@ -55,17 +68,22 @@ pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 /// A bar that counts bytes on standard error; invisible when that is not a terminal.
 pub(crate) fn byte_bar(what: &str, total_bytes: u64) -> ProgressBar {
+    let template = "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    bar(template, total_bytes).with_message(what.to_owned())
+}
+
+/// The same for jobs.
+pub(crate) fn job_bar(total_jobs: u64) -> ProgressBar {
+    bar("[{bar:30}] {pos}/{len} jobs{msg} {eta}", total_jobs)
+}
+
+fn bar(template: &str, length: u64) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let style = ProgressStyle::with_template(
-        "{msg} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-    )
-    .map_or_else(
+    let style = ProgressStyle::with_template(template).map_or_else(
         |_| ProgressStyle::default_bar(),
         |style| style.progress_chars("=> "),
     );
-    ProgressBar::new(total_bytes)
-        .with_style(style)
-        .with_message(what.to_owned())
+    ProgressBar::new(length).with_style(style)
 }

@@ -1,8 +1,7 @@
-//! From the command line's words to a model ready to generate.
+//! From the command line's words to a loaded model.
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::{Context, Result};
 use oxllama_backend::Device;
@@ -18,7 +17,7 @@ use oxllama_model::{
 };
 use oxllama_text::Tokenizer;
 
-use crate::args::{CacheKind, DeviceKind, ModelArgs, PlacementArgs, PolicyKind};
+use crate::args::{CacheKind, DeviceKind, PlacementArgs, PolicyKind};
 use crate::{output, resolve};
 
 /// Sequences, rows and logits that a command needs at once.
@@ -248,41 +247,4 @@ pub(crate) fn tokenizer(source: &ModelSource) -> Result<Tokenizer> {
         source.generation_config(),
     )
     .with_context(|| cannot_load(source.path()))
-}
-
-/// A model ready to generate.
-pub(crate) struct Session {
-    pub(crate) opened: Opened,
-    pub(crate) plan: ModelPlan,
-    pub(crate) runner: Box<dyn Runner>,
-    pub(crate) tokenizer: Tokenizer,
-    /// Seconds from the command's start of loading to here.
-    pub(crate) load_s: f64,
-}
-
-impl Session {
-    /// Plans and loads the model, reading the tokenizer meanwhile.
-    pub(crate) fn start(args: &ModelArgs, size: StepSize) -> Result<Self> {
-        let start = Instant::now();
-        let placement = &args.placement;
-        let opened = open(&args.model, Some(placement))?;
-        let host = Host::new(placement)?;
-        let plan = plan(&opened, &host, placement, size)?;
-        let (tokenizer, runner) = std::thread::scope(|scope| {
-            let tokenizer = scope.spawn(|| tokenizer(&opened.source));
-            let runner = load(&opened, &host, placement, &plan);
-            let tokenizer = tokenizer
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            (tokenizer, runner)
-        });
-        let (tokenizer, runner) = (tokenizer?, runner?);
-        Ok(Self {
-            opened,
-            plan,
-            runner,
-            tokenizer,
-            load_s: start.elapsed().as_secs_f64(),
-        })
-    }
 }

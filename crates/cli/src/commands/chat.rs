@@ -4,16 +4,16 @@ use std::ops::ControlFlow;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use oxllama_engine::{Completion, EngineError, Event, Generator, Job, SamplingSettings};
-use oxllama_text::{ChatOptions, ChatTemplate, EncodeOptions, Message, Tokenizer};
+use oxllama_engine::{Completion, Engine, FinishReason, Job};
+use oxllama_text::Message;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
 use crate::args::ChatArgs;
-use crate::commands::generate::summary;
 use crate::interrupt::{self, Interrupt};
-use crate::session::{Session, StepSize};
-use crate::{output, sampling};
+use crate::jobs::{Prompts, Wishes, failure, follow, summary};
+use crate::output;
+use crate::serving::Serving;
 
 const HELP: &str = "\
 /help            this list
@@ -26,28 +26,23 @@ const HELP: &str = "\
 Control-C stops an answer. End a line with \\ to go on writing on the next.";
 
 pub(crate) fn run(args: ChatArgs) -> Result<ExitCode> {
-    sampling::check(&args.sampling)?;
-    let mut session = Session::start(&args.model, StepSize::ONE_JOB)?;
-    let source = &session.opened.source;
-    let template = ChatTemplate::from_config(
-        source
-            .tokenizer_config()
-            .unwrap_or(&serde_json::Value::Null),
+    let wishes = Wishes::new(&args.sampling, &args.answer, args.max_tokens)?;
+    let serving = Serving::start(&args.model, &args.engine, 1)?;
+    let prompts = Prompts::new(
+        serving.engine.tokenizer(),
+        &serving.opened.source,
+        true,
+        None,
     )?;
-    let sampling_settings = sampling::settings(&args.sampling, source.generation_config())?;
     output::note(format_args!(
         "{}, context {} tokens, loaded in {:.2} s. /help lists the commands.",
-        session.plan.memory.model, session.plan.memory.context_tokens, session.load_s
+        serving.plan.memory.model, serving.plan.memory.context_tokens, serving.load_s
     ));
     let mut chat = Chat {
-        generator: Generator::new(session.runner.as_mut(), &session.tokenizer),
-        tokenizer: &session.tokenizer,
-        template,
-        settings: sampling_settings,
-        seed: sampling::seed(&args.sampling),
-        stop_strings: args.sampling.stop,
-        max_new_tokens: args.max_tokens,
-        context_tokens: session.plan.memory.context_tokens as usize,
+        engine: &serving.engine,
+        prompts,
+        job: wishes.template(&serving)?,
+        context_tokens: serving.plan.memory.context_tokens as usize,
         system: args.system,
         messages: Vec::new(),
         shows_stats: true,
@@ -93,13 +88,10 @@ fn read_message(editor: &mut DefaultEditor) -> Result<Option<String>> {
 }
 
 struct Chat<'a> {
-    generator: Generator<'a>,
-    tokenizer: &'a Tokenizer,
-    template: ChatTemplate,
-    settings: SamplingSettings,
-    seed: u64,
-    stop_strings: Vec<String>,
-    max_new_tokens: usize,
+    engine: &'a Engine,
+    prompts: Prompts<'a>,
+    /// Each answer's, but for its prompt.
+    job: Job,
     context_tokens: usize,
     system: Option<String>,
     /// User and assistant in turns.
@@ -151,7 +143,7 @@ impl Chat<'_> {
             return Ok(());
         }
         // Another draw, or a retry would repeat itself.
-        self.seed = self.seed.wrapping_add(1);
+        self.job.seed = self.job.seed.wrapping_add(1);
         self.answer()
     }
 
@@ -159,14 +151,13 @@ impl Chat<'_> {
     /// that the conversation can go on.
     fn answer(&mut self) -> Result<()> {
         match self.generate() {
-            Ok((completion, None)) => {
+            Ok(completion) => {
                 self.messages
                     .push(Message::new("assistant", completion.text.as_str()));
                 if self.shows_stats {
-                    output::note(summary(&completion));
+                    output::note(statistics(&completion));
                 }
             }
-            Ok((_, Some(error))) => self.report(&error.into()),
             Err(error) if output::is_broken_pipe(&error) => return Err(error),
             Err(error) => self.report(&error),
         }
@@ -178,38 +169,19 @@ impl Chat<'_> {
         output::error(error);
     }
 
-    fn generate(&mut self) -> Result<(Completion, Option<EngineError>)> {
+    fn generate(&mut self) -> Result<Completion> {
         let prompt_ids = self.prompt_ids()?;
         let job = Job {
             prompt_ids,
-            max_new_tokens: self.max_new_tokens,
-            sampling: self.settings.clone(),
-            seed: self.seed,
-            stop_token_ids: self.tokenizer.eos_ids().to_vec(),
-            stop_strings: self.stop_strings.clone(),
-            logprobs: None,
+            ..self.job.clone()
         };
         self.interrupt.clear();
-        let interrupt = self.interrupt;
-        let mut write_error = None;
-        let result = self.generator.run(&job, &mut |event| {
-            if let Event::Text(text) = event
-                && let Err(error) = output::text(text)
-            {
-                write_error = Some(error);
-                return ControlFlow::Break(());
-            }
-            if interrupt.is_set() {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        })?;
+        let stream = self.engine.submit(job)?;
+        // Dropping the stream cancels the answer.
+        let completion = follow(stream, self.interrupt, output::text, |_stream| None)?;
         output::line("")?;
-        match write_error {
-            Some(error) => Err(error),
-            None => Ok(result),
-        }
+        failure(&completion)?;
+        Ok(completion)
     }
 
     /// The conversation as tokens. When it outgrows the context, the oldest exchanges are
@@ -238,15 +210,17 @@ impl Chat<'_> {
             .system
             .as_ref()
             .map(|system| Message::new("system", system));
-        let messages: Vec<Message> = system
-            .into_iter()
-            .chain(self.messages.iter().cloned())
-            .collect();
-        let options = ChatOptions {
-            add_generation_prompt: true,
-            ..ChatOptions::default()
-        };
-        let rendered = self.template.render(&messages, &options)?;
-        Ok(self.tokenizer.encode(&rendered, EncodeOptions::CHAT)?)
+        let messages = system.into_iter().chain(self.messages.iter().cloned());
+        self.prompts.messages(messages.collect())
+    }
+}
+
+/// The line after an answer.
+fn statistics(completion: &Completion) -> String {
+    match completion.finish_reason {
+        FinishReason::Cancelled => {
+            format!("[stopped after {} tokens]", completion.token_ids.len())
+        }
+        _ => summary(completion),
     }
 }

@@ -1,9 +1,7 @@
 //! `oxllama generate` on tiny models: what it prints, and that nothing but the job decides it.
 
-use serde_json::Value;
-
 use crate::common::{Output, Oxllama};
-use crate::support::{edit_json, generate, json, keys, tiny, tiny_directory};
+use crate::support::{edit_json, generate, ids, json, keys, tiny, tiny_directory};
 
 const PROMPT: &str = "hello world";
 
@@ -12,11 +10,6 @@ const PROMPT: &str = "hello world";
 fn greedy_ids(options: &[&str]) -> Vec<u64> {
     let arguments = [&["--greedy", "--max-tokens", "24"], options].concat();
     ids(&generate(&tiny("llama"), PROMPT, &arguments)["token_ids"])
-}
-
-fn ids(value: &Value) -> Vec<u64> {
-    let ids = value.as_array().expect("a list");
-    ids.iter().map(|id| id.as_u64().expect("an id")).collect()
 }
 
 /// `oxllama generate` on the tiny Llama with anything at all.
@@ -43,6 +36,7 @@ fn the_json_object_has_the_promised_fields() {
             "prompt_token_ids",
             "finish_reason",
             "logprobs",
+            "usage",
             "timings"
         ]
     );
@@ -70,17 +64,36 @@ fn the_json_object_has_the_promised_fields() {
         assert!(falling[0] < 0.0 && falling.is_sorted_by(|a, b| a >= b));
     }
 
+    let usage = &answer["usage"];
+    assert_eq!(
+        keys(usage),
+        [
+            "prompt_tokens",
+            "cached_tokens",
+            "generated_tokens",
+            "drafted_tokens",
+            "accepted_tokens",
+            "preemptions"
+        ]
+    );
+    assert_eq!(usage["prompt_tokens"], prompt_ids.len());
+    assert_eq!(usage["generated_tokens"], 5);
+    assert_eq!(usage["drafted_tokens"], 0);
+
     let timings = &answer["timings"];
     assert_eq!(
         keys(timings),
         [
             "load_s",
+            "queue_s",
             "prompt_tokens",
             "prefill_s",
             "generated_tokens",
-            "decode_s"
+            "decode_s",
+            "decode_steps"
         ]
     );
+    assert_eq!(timings["decode_steps"], 4);
     assert_eq!(timings["prompt_tokens"], prompt_ids.len());
     assert_eq!(timings["generated_tokens"], 5);
     for name in ["load_s", "prefill_s", "decode_s"] {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::common::Oxllama;
-use crate::support::{json, shared, skipped};
+use crate::support::{ids, json, shared, skipped};
 
 /// How far the fast backend's logits may be off. A choice with twice this margin is certain.
 const TOLERANCE: f64 = 0.02;
@@ -67,11 +67,6 @@ fn compare(case: &Value, model: &Path) {
         }
         _ => {}
     }
-}
-
-fn ids(value: &Value) -> Vec<u64> {
-    let ids = value.as_array().expect("a list");
-    ids.iter().map(|id| id.as_u64().expect("an id")).collect()
 }
 
 #[test]

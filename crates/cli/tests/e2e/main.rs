@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod batch;
 mod chat;
 mod generate;
 mod golden;
@@ -12,3 +13,4 @@ mod plan;
 mod show;
 mod support;
 mod terminal;
+mod together;

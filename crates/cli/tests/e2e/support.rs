@@ -45,6 +45,13 @@ pub(crate) fn json(output: &Output) -> Value {
     serde_json::from_str(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"))
 }
 
+/// A list of token ids.
+#[track_caller]
+pub(crate) fn ids(value: &Value) -> Vec<u64> {
+    let ids = value.as_array().expect("a list");
+    ids.iter().map(|id| id.as_u64().expect("an id")).collect()
+}
+
 /// The names of an object's fields, in order.
 #[track_caller]
 pub(crate) fn keys(value: &Value) -> Vec<&str> {
