@@ -312,7 +312,8 @@ impl Engine {
     /// Changes the size or the format of the cache; what it held is forgotten.
     ///
     /// # Errors
-    /// Jobs are in flight, or memory is short: then the cache is as it was, but empty.
+    /// Jobs are in flight, or memory is short: then the cache is as it was, but empty (a draft
+    /// model's may have the new format).
     pub fn reshape_cache(&self, request: CacheRequest) -> Result<RunnerLimits, EngineError> {
         self.ask(|reply| Command::Reshape(request, reply))?
     }

@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
+use oxllama_backend::PAGE_TOKENS;
 use oxllama_model::{AdapterId, CacheRequest, Runner, RunnerLimits, StepPlan};
 
 use crate::EngineError;
@@ -140,27 +141,24 @@ impl Worker {
             let jobs = self.flight.jobs.len();
             return Err(EngineError::NotIdle { jobs });
         }
-        let before = *self.runner.limits();
-        let result = self.runner.reshape_cache(request).copied();
-        let mut limits = *self.runner.limits();
-        if let (Ok(_), Some(draft)) = (&result, &mut self.flight.draft) {
-            // The two caches share their page table.
-            let tokens = limits.pages as u64 * oxllama_backend::PAGE_TOKENS as u64;
-            let of_draft = CacheRequest {
-                tokens: Some(tokens),
-                ..request
-            };
-            if let Err(error) = draft.runner().reshape_cache(of_draft) {
-                let tokens = before.pages as u64 * oxllama_backend::PAGE_TOKENS as u64;
-                let old = CacheRequest {
-                    tokens: Some(tokens),
-                    ..request
-                };
-                self.runner.reshape_cache(old)?;
-                return Err(error.into());
-            }
+        let tokens_of = |pages: usize| Some((pages * PAGE_TOKENS) as u64);
+        let before = self.runner.limits().pages;
+        if let Some(draft) = &mut self.flight.draft {
+            // The two caches share their page table: the draft's may not be the smaller one.
+            let tokens = request.tokens.or(tokens_of(before));
+            draft
+                .runner()
+                .reshape_cache(CacheRequest { tokens, ..request })?;
         }
-        limits = *self.runner.limits();
+        let result = self.runner.reshape_cache(request).copied();
+        if let (Err(_), Some(draft)) = (&result, &mut self.flight.draft) {
+            let tokens = tokens_of(before);
+            draft.runner().reshape_cache(CacheRequest {
+                tokens,
+                format: None,
+            })?;
+        }
+        let limits = *self.runner.limits();
         let settings = reshaped(&self.shared, &limits);
         self.flight.scheduler.reset(settings);
         self.shared.lock().limits = settings;

@@ -78,11 +78,11 @@ impl Opened {
         }
     }
 
-    /// Plans for eight jobs that share a cache of 4,096 tokens, and loads.
+    /// Plans for eight jobs that share a cache of 8,192 tokens, and loads.
     fn load(&self, ledger: &Ledger) -> Result<Box<dyn Runner>> {
         let device = CpuDevice::new(DeviceId::cpu(0), CpuOptions::default())?;
         let request = ModelRequest {
-            cache_tokens: Some(4096),
+            cache_tokens: Some(8192),
             batch: 8,
             // Guesses are judged all in one step: five rows of logits a job.
             logit_rows: 40,
