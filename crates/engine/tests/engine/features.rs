@@ -100,6 +100,7 @@ fn constraints_hold_with_and_without_guesses() {
         ConstraintSpec::Regex("[a-f]{3,9}(X|YZ)".to_owned()),
         ConstraintSpec::Choice(vec!["yes".to_owned(), "no".to_owned(), "nobody".to_owned()]),
     ];
+    let pattern = regex::Regex::new("^[a-f]{3,9}(X|YZ)$").unwrap();
     for spec in specs {
         for seed in 0..5 {
             let job = Job {
@@ -109,9 +110,7 @@ fn constraints_hold_with_and_without_guesses() {
             let plain = run(&engine, job.clone());
             let matches = match &spec {
                 ConstraintSpec::Choice(choices) => choices.contains(&plain.text),
-                _ => regex::Regex::new("^[a-f]{3,9}(X|YZ)$")
-                    .unwrap()
-                    .is_match(&plain.text),
+                _ => pattern.is_match(&plain.text),
             };
             assert!(matches, "{}", plain.text);
             assert_eq!(plain.finish_reason, FinishReason::Stop);
