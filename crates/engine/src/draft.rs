@@ -114,10 +114,13 @@ impl DraftModel {
         let Some((known, _)) = scheduler.sequence(id, 0) else {
             return Ok(());
         };
-        let max_rows = self.runner.limits().max_rows;
+        let limits = self.runner.limits();
+        let max_rows = limits.max_rows;
+        // As many for every sequence at once fit in a step.
+        let caught_up = (max_rows / limits.max_sequences).clamp(1, CAUGHT_UP_TOKENS);
         loop {
             let first = *self.computed.entry(id).or_insert(0);
-            if known.len() - first.min(known.len()) <= CAUGHT_UP_TOKENS {
+            if known.len() - first.min(known.len()) <= caught_up {
                 return Ok(());
             }
             let end = (first + max_rows).min(known.len() - 1);

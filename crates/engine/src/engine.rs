@@ -200,6 +200,10 @@ impl Engine {
         let limits = *parts.runner.limits();
         if let Some(draft) = &parts.draft {
             check_draft(&limits, draft.limits())?;
+            let (found, needed) = (draft.spec().vocab_size, parts.runner.spec().vocab_size);
+            if found != needed {
+                return Err(EngineError::DraftVocabulary { found, needed });
+            }
         }
         let costs = match settings.latency_factor {
             Some(factor) => Some(StepCosts::measure(&mut *parts.runner, factor)?),

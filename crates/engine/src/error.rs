@@ -108,6 +108,18 @@ pub enum EngineError {
         needed: usize,
     },
 
+    /// The draft model's logits are not of the model's tokens.
+    #[error(
+        "the draft model has a vocabulary of {found} tokens and the model {needed}: take a draft \
+         of the same vocabulary, padding included, or guess from n-grams"
+    )]
+    DraftVocabulary {
+        /// Of the draft model.
+        found: usize,
+        /// Of the model.
+        needed: usize,
+    },
+
     /// Every way on leads to a banned string.
     #[error(
         "after going back {rewinds} times the answer still runs into a banned string: ban fewer \

@@ -197,3 +197,24 @@ fn a_draft_with_too_small_a_cache_is_refused() {
         "{error}"
     );
 }
+
+#[test]
+fn a_draft_of_another_vocabulary_is_refused() {
+    let runner = load("qwen3", SHAPE).0;
+    let parts = EngineParts {
+        tokenizer: tokenizer(runner.spec().vocab_size),
+        runner,
+        draft: Some(load("llama2", SHAPE).0),
+    };
+    let error = Engine::start(parts, settings()).err().unwrap();
+    assert!(
+        matches!(
+            error,
+            EngineError::DraftVocabulary {
+                found: 103,
+                needed: 128
+            }
+        ),
+        "{error}"
+    );
+}
