@@ -1,4 +1,4 @@
-//! Times whole decode, batched decode and prefill steps of a SmolLM2-135M-shaped EXL2 model with random weights.
+//! Times whole decode and prefill steps of a SmolLM2-135M-shaped EXL2 model with random weights.
 //!
 //! Arguments: threads (default: all), context tokens before the timed steps (default 64), format
 //! of the cache (default f16). Tensors at 4.0 bits a weight are laid out as EXL2 writes them.
@@ -33,9 +33,6 @@ const KV_HEADS: usize = 3;
 const HEAD_DIM: usize = 64;
 const VOCABULARY: usize = 49152;
 const PREFILL_TOKENS: usize = 512;
-/// Sequences with one row each.
-const BATCHES: [usize; 4] = [2, 4, 8, 16];
-const MOST_SEQUENCES: usize = 16;
 
 struct Layer {
     linears: Vec<CpuLinear>,
@@ -91,40 +88,9 @@ impl Bench {
     }
 }
 
-/// Seconds of every operation of a step: those of each layer, and the head with what surrounds
-/// the layers.
-#[derive(Clone, Copy)]
-struct Times {
-    /// Queries, keys and values; attention; output; MLP.
-    layers: [[f64; 4]; LAYERS],
-    head: f64,
-}
-
-impl Times {
-    /// Each operation's best time of all runs: what a step takes that nobody disturbs.
-    fn best(runs: impl Iterator<Item = Self>) -> Self {
-        let longest = Self {
-            layers: [[f64::MAX; 4]; LAYERS],
-            head: f64::MAX,
-        };
-        runs.fold(longest, |mut best, run| {
-            let operations = best.layers.as_flattened_mut().iter_mut();
-            for (best, time) in operations.zip(run.layers.as_flattened()) {
-                *best = best.min(*time);
-            }
-            best.head = best.head.min(run.head);
-            best
-        })
-    }
-
-    /// All, then by operation.
-    fn sums(&self) -> [f64; 6] {
-        let operation = |index: usize| self.layers.iter().map(|layer| layer[index]).sum::<f64>();
-        let [qkv, attention, output, mlp] = [0, 1, 2, 3].map(operation);
-        let all = qkv + attention + output + mlp + self.head;
-        [all, qkv, attention, output, mlp, self.head]
-    }
-}
+/// Times of one step in seconds: all, and by operation.
+#[derive(Default, Clone, Copy)]
+struct Times([f64; 6]);
 
 struct Activations {
     x: Buffer,
@@ -165,8 +131,7 @@ fn main() {
         load_s: 0.0,
     };
     let mut layers = Vec::new();
-    let pages_each = (context + PREFILL_TOKENS).div_ceil(PAGE_TOKENS) + 1;
-    let pages = MOST_SEQUENCES * pages_each;
+    let pages = (context + PREFILL_TOKENS).div_ceil(PAGE_TOKENS) + 1;
     let shape = CacheShape {
         pages,
         kv_heads: KV_HEADS,
@@ -209,8 +174,8 @@ fn main() {
     let rows = PREFILL_TOKENS;
     let workspace_shape = WorkspaceShape {
         rows,
-        sequences: MOST_SEQUENCES,
-        pages_per_sequence: pages_each,
+        sequences: 1,
+        pages_per_sequence: pages,
         max_in_features: INTERMEDIATE,
         max_out_features: VOCABULARY,
         heads: HEADS,
@@ -237,7 +202,7 @@ fn main() {
         attended: bench.zeros(rows * HIDDEN * 4),
         gate: bench.zeros(rows * INTERMEDIATE * 4),
         up: bench.zeros(rows * INTERMEDIATE * 4),
-        logits: bench.zeros(MOST_SEQUENCES * VOCABULARY * 4),
+        logits: bench.zeros(VOCABULARY * 4),
     };
     let rope = Rope {
         inverse_frequencies: (0..32).map(|i| 1e4_f32.powf(-(i as f32) / 32.0)).collect(),
@@ -245,25 +210,20 @@ fn main() {
         style: RopeStyle::Halves,
     };
     let page_table: Vec<u32> = (0..pages as u32).collect();
-    // `rows` rows from `first` on of one sequence with the logits of the last, or the row at
-    // `first` of each of `rows` sequences with the logits of all.
-    let mut step = |first: usize, rows: usize, is_batch: bool| -> Times {
-        let row = |row: usize| if is_batch { first } else { first + row } as u32;
-        let positions: Vec<u32> = (0..rows).map(row).collect();
-        let row_sequences = (0..rows).map(|row| if is_batch { row as u32 } else { 0 });
-        let row_sequences: Vec<u32> = row_sequences.collect();
-        let (sequences, logit_rows) = if is_batch { (rows, rows) } else { (1, 1) };
+    let mut step = |first: usize, rows: usize| -> Times {
+        let positions: Vec<u32> = (first..first + rows).map(|p| p as u32).collect();
         let batch = StepBatch {
             token_ids: &vec![1; rows],
             positions: &positions,
-            row_sequences: &row_sequences,
-            page_tables: &page_table[..sequences * pages_each],
-            pages_per_sequence: pages_each,
+            row_sequences: &vec![0; rows],
+            page_tables: &page_table,
+            pages_per_sequence: pages,
         };
         bench
             .device
             .upload(bytemuck::cast_slice(&input), &mut a.x)
             .unwrap();
+        let start = Instant::now();
         let ropes = std::slice::from_ref(&rope);
         bench
             .device
@@ -280,19 +240,25 @@ fn main() {
             x: &a.x,
             normed: &mut a.normed,
             linears: &mut output,
-            rows: logit_rows,
+            rows: 1,
         };
         bench.device.norm_linears(args, &mut workspace).unwrap();
-        times.head = before_head.elapsed().as_secs_f64();
+        times.0[5] = before_head.elapsed().as_secs_f64();
+        times.0[0] = start.elapsed().as_secs_f64();
         times
     };
-    step(0, PREFILL_TOKENS, false);
+    let best = |runs: Vec<Times>| {
+        runs.into_iter()
+            .min_by(|a, b| a.0[0].total_cmp(&b.0[0]))
+            .unwrap()
+    };
+    step(0, PREFILL_TOKENS);
     for round in 0..3 {
-        let decode = Times::best((0..60).map(|i| step(context + i % 8, 1, false))).sums();
-        let prefill = Times::best((0..4).map(|_| step(0, PREFILL_TOKENS, false))).sums();
+        let decode = best((0..60).map(|i| step(context + i % 8, 1)).collect());
+        let prefill = best((0..4).map(|_| step(0, PREFILL_TOKENS)).collect());
         let bandwidth = measure_read_bandwidth(threads, 1 << 29).unwrap();
         let floor = bench.weight_bytes as f64 / bandwidth;
-        let ms = |times: [f64; 6]| times.map(|seconds| (seconds * 1e5).round() / 1e2);
+        let ms = |times: Times| times.0.map(|seconds| (seconds * 1e5).round() / 1e2);
         println!(
             "round {round}: read {:.1} GB/s, floor {:.2} ms",
             bandwidth / 1e9,
@@ -300,22 +266,13 @@ fn main() {
         );
         println!(
             "  decode {:.0} tokens/s = {:.0}% of the floor; ms [all, qkv, attention, o, mlp, head] {:?}",
-            1.0 / decode[0],
-            100.0 * floor / decode[0],
+            1.0 / decode.0[0],
+            100.0 * floor / decode.0[0],
             ms(decode)
         );
-        for rows in BATCHES {
-            let batch = Times::best((0..30).map(|i| step(context + i % 8, rows, true))).sums();
-            println!(
-                "  batch {rows:2} {:.0} tokens/s = {:.2} times decode; ms {:?}",
-                rows as f64 / batch[0],
-                rows as f64 * decode[0] / batch[0],
-                ms(batch)
-            );
-        }
         println!(
             "  prefill {:.0} tokens/s; ms {:?}",
-            PREFILL_TOKENS as f64 / prefill[0],
+            PREFILL_TOKENS as f64 / prefill.0[0],
             ms(prefill)
         );
     }
@@ -328,17 +285,14 @@ fn forward(
     workspace: &mut oxllama_cpu::CpuWorkspace,
     rows: usize,
 ) -> Times {
-    let mut times = Times {
-        layers: [[0.0; 4]; LAYERS],
-        head: 0.0,
-    };
-    for (times, layer) in times.layers.iter_mut().zip(layers) {
+    let mut times = Times::default();
+    for layer in layers {
         let [q, k, v, o, gate, up, down] = &layer.linears[..] else {
             unreachable!()
         };
         let mut lap = Instant::now();
         let mut mark = |index: usize| {
-            times[index] = lap.elapsed().as_secs_f64();
+            times.0[index] += lap.elapsed().as_secs_f64();
             lap = Instant::now();
         };
         let mut outputs = [
@@ -363,7 +317,7 @@ fn forward(
             rows,
         };
         device.norm_linears(args, workspace).unwrap();
-        mark(0);
+        mark(1);
         let args = AttentionArgs {
             queries: &mut a.q,
             keys: &mut a.k,
@@ -379,7 +333,7 @@ fn forward(
             window: None,
         };
         device.attention(args, workspace).unwrap();
-        mark(1);
+        mark(2);
         let output = LinearOutput {
             weights: o,
             out: &mut a.x,
@@ -393,7 +347,7 @@ fn forward(
                 workspace,
             )
             .unwrap();
-        mark(2);
+        mark(3);
         let mut outputs = [
             LinearOutput {
                 weights: gate,
@@ -422,7 +376,7 @@ fn forward(
             rows,
         };
         device.gated_linear(args, workspace).unwrap();
-        mark(3);
+        mark(4);
     }
     times
 }

@@ -185,8 +185,6 @@ unsafe fn accumulate<S: Simd>(
 /// Bytes ahead of the stream that are asked for. Measured on two cores of a server processor, share
 /// of the read bandwidth in decode: 512 bytes 60%, 2 KiB 63%, 6 KiB 71%, 12 KiB 70%, 24 KiB 66%.
 const PREFETCH_BYTES: usize = 6144;
-/// The farthest that several rows' tiles are asked for ahead: half of a first-level cache.
-const MOST_BYTES_AHEAD: usize = 24 * 1024;
 
 /// Σ code · activation over `blocks` blocks for sixteen outputs, from `initial` on.
 ///
@@ -340,12 +338,10 @@ unsafe fn tile_rows<S: Simd, const T: usize>(
         let accumulators = scratch.accumulators;
         std::ptr::write_bytes(accumulators, 0, rows.rows * T * LANES);
         let mut codes = weights.codes.add(tile * weights.tile_words);
-        let ahead = bytes_ahead(weights, T);
         for segment in weights.segments {
             for t in 0..T {
                 let from = codes.add(t * weights.tile_words);
-                let to = scratch.staging.add(t * LANES);
-                unpack_segment::<S, T>(segment, from, ahead, to);
+                unpack_segment::<S, T>(segment, from, scratch.staging.add(t * LANES));
             }
             codes = codes.add(segment.blocks * block_words(segment.bits));
             let scales: [TileScale<S>; T] =
@@ -388,19 +384,7 @@ unsafe fn tile_rows<S: Simd, const T: usize>(
     }
 }
 
-/// What is asked for while `tiles` neighbouring tiles are unpacked: the same place in those that
-/// come next, or where tiles are long, the place further on in the same.
-#[inline(always)]
-fn bytes_ahead(weights: &IntegerWeights<'_>, tiles: usize) -> usize {
-    let bytes = weights.tile_words * size_of::<i32>() * tiles;
-    if bytes <= MOST_BYTES_AHEAD {
-        bytes
-    } else {
-        PREFETCH_BYTES
-    }
-}
-
-/// A segment's codes as pairs, one vector every `T`. Asks for what lies `ahead` bytes on.
+/// A segment's codes as pairs, one vector every `T`.
 ///
 /// # Safety
 /// As [`Simd`]'s; `codes` holds the segment's blocks, `out` has room for its pairs.
@@ -408,7 +392,6 @@ fn bytes_ahead(weights: &IntegerWeights<'_>, tiles: usize) -> usize {
 unsafe fn unpack_segment<S: Simd, const T: usize>(
     segment: &Segment,
     codes: *const i32,
-    ahead: usize,
     out: *mut i32,
 ) {
     macro_rules! unpack {
@@ -418,9 +401,6 @@ unsafe fn unpack_segment<S: Simd, const T: usize>(
                 unsafe {
                     let codes = codes.add(block * block_words($bits));
                     let out = out.add(block * PAIRS * T * LANES);
-                    for line in 0..$bits {
-                        S::prefetch(codes.cast::<u8>().wrapping_add(ahead + line * 64));
-                    }
                     for_each_pair!(S, j, {
                         let to = out.add(j as usize * T * LANES);
                         S::store_i32(to, pair::<S, $bits>(codes, j));

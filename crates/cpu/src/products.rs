@@ -9,7 +9,7 @@ use crate::linear::{CpuLinear, Weights};
 use crate::pool::Team;
 use crate::quantise::quantise;
 use crate::rowwise::{RowNorm, gate, norm_row};
-use crate::step::{OWN_ELEMENTS, ROW_BLOCK, StepScratch, row_of};
+use crate::step::{ROW_BLOCK, StepScratch, row_of};
 
 /// Most matrices of a region.
 pub(crate) const MOST_TARGETS: usize = 8;
@@ -71,33 +71,23 @@ impl<'a> Products<'a> {
     pub(crate) unsafe fn run(&self, team: &Team<'_>) {
         // SAFETY: the caller's contract.
         unsafe {
-            if self.rows == 1 || self.rows * self.in_features <= OWN_ELEMENTS {
-                self.run_few(team);
+            if self.rows == 1 {
+                self.run_one(team);
             } else {
                 self.run_many(team);
             }
         }
     }
 
-    /// A single row, or few: every thread prepares them for itself, which costs less than to
-    /// wait.
+    /// A single row: every thread prepares it for itself, which costs less than to wait.
     ///
     /// # Safety
     /// As [`Self::run`]'s.
-    unsafe fn run_few(&self, team: &Team<'_>) {
-        let own = self.scratch.own_f32(team.thread);
-        let rows = self
-            .scratch
-            .own_rows(team.thread, self.in_features, self.rows);
-        // SAFETY: own scratch, which has room for so few; tiles are disjoint.
+    unsafe fn run_one(&self, team: &Team<'_>) {
+        // SAFETY: own scratch; tiles are disjoint.
         unsafe {
-            for row in 0..self.rows {
-                self.prepare(row, own.wrapping_add(row * self.in_features));
-            }
-            let x = match self.input {
-                Input::Plain => self.x,
-                Input::Norm(_) | Input::Gated { .. } => own.cast_const(),
-            };
+            let x = self.prepare(0, self.scratch.own_f32(team.thread));
+            let row = self.scratch.own_row(team.thread, self.in_features);
             let mut order = Order::Nothing;
             for (index, target) in self.targets.iter().enumerate() {
                 let tiles = self.share(team, index);
@@ -108,21 +98,13 @@ impl<'a> Products<'a> {
                         permutation,
                     } => {
                         if order != Order::Rows(permutation) {
-                            for row in 0..self.rows {
-                                let x = x.add(row * self.in_features);
-                                self.quantise_row(x, permutation, &rows, row);
-                            }
+                            self.quantise_row(x, permutation, &row, 0);
                             order = Order::Rows(permutation);
                         }
-                        if self.rows == 1 {
-                            one_row(self.isa, &weights, rows, 0, start, end, finish);
-                        } else {
-                            let scratch = self.scratch.integer(team.thread);
-                            many_rows(self.isa, &weights, rows, start, end, finish, scratch);
-                        }
+                        one_row(self.isa, &weights, row, 0, start, end, finish);
                     }
                     Weights::Float(weights) => {
-                        float_rows(self.isa, &weights, x, self.rows, start, end, finish);
+                        float_rows(self.isa, &weights, x, 1, start, end, finish);
                     }
                 }
             }

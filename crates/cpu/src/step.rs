@@ -18,10 +18,6 @@ const ALIGNMENT: usize = 64;
 /// cache while a thread's tiles pass by.
 pub(crate) const ROW_BLOCK: usize = 256;
 
-/// Elements of rows that every thread prepares for itself: up to here that costs less than to
-/// share the rows out and wait for each other.
-pub(crate) const OWN_ELEMENTS: usize = 16 * 1024;
-
 /// Byte offsets of a workspace's parts.
 #[derive(Debug, Clone, Copy)]
 struct Layout {
@@ -35,7 +31,7 @@ struct Layout {
     first_thread: usize,
     thread_bytes: usize,
     /// From a thread's start.
-    thread_rows: usize,
+    thread_row: usize,
     thread_quantised: Quantised,
     thread_staging: usize,
     thread_accumulators: usize,
@@ -61,13 +57,11 @@ impl Parts {
         start
     }
 
-    /// Room for rows of `elements` together, none shorter than a block.
-    fn quantised(&mut self, elements: usize) -> Quantised {
-        let blocks = elements / BLOCK_ROWS;
+    fn quantised(&mut self, rows: usize, in_features: usize) -> Quantised {
         Quantised {
-            values: self.take(elements * 2),
-            sums: self.take(blocks * 4),
-            scales: self.take(blocks * 4),
+            values: self.take(rows * in_features * 2),
+            sums: self.take(rows * in_features / BLOCK_ROWS * 4),
+            scales: self.take(rows * 4),
         }
     }
 }
@@ -81,12 +75,11 @@ impl Layout {
         let row_sequences = parts.take(shape.rows * 4);
         let page_tables = parts.take(shape.sequences * shape.pages_per_sequence * 4);
         let angles = parts.take(shape.ropes * 2 * shape.rows * (shape.rotary_dim / 2) * 4);
-        let quantised = parts.quantised(shape.rows * in_features);
+        let quantised = parts.quantised(shape.rows, in_features);
         let first_thread = parts.0;
         let mut own = Parts(0);
-        let own_elements = (shape.rows * in_features).min(OWN_ELEMENTS.max(in_features));
-        let thread_rows = own.take(own_elements * 4);
-        let thread_quantised = own.quantised(own_elements);
+        let thread_row = own.take(in_features * 4);
+        let thread_quantised = own.quantised(1, in_features);
         let thread_staging = own.take(STAGING_WORDS * 4);
         let thread_accumulators = own.take(shape.rows.min(ROW_BLOCK) * ROW_ACCUMULATORS * 4);
         let attention = AttentionScratch::elements(
@@ -104,7 +97,7 @@ impl Layout {
             quantised,
             first_thread,
             thread_bytes: own.0,
-            thread_rows,
+            thread_row,
             thread_quantised,
             thread_staging,
             thread_accumulators,
@@ -388,15 +381,15 @@ impl StepScratch {
         Self::rows_at(self.base, &self.layout.quantised, in_features, rows)
     }
 
-    /// Quantised rows of this thread's own, of [`OWN_ELEMENTS`] together or a single one.
-    pub(crate) fn own_rows(&self, thread: usize, in_features: usize, rows: usize) -> IntegerRows {
+    /// A quantised row of this thread's own.
+    pub(crate) fn own_row(&self, thread: usize, in_features: usize) -> IntegerRows {
         let base = self.own(thread, 0);
-        Self::rows_at(base, &self.layout.thread_quantised, in_features, rows)
+        Self::rows_at(base, &self.layout.thread_quantised, in_features, 1)
     }
 
-    /// f32 rows of this thread's own, as many as [`Self::own_rows`].
+    /// f32 row of this thread's own.
     pub(crate) fn own_f32(&self, thread: usize) -> *mut f32 {
-        self.own(thread, self.layout.thread_rows).cast()
+        self.own(thread, self.layout.thread_row).cast()
     }
 
     /// This thread's scratch for many rows.
