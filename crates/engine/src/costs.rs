@@ -56,6 +56,12 @@ impl StepCosts {
         self.step_s + self.row_s * rows as f64 + self.attended_s * attended as f64
     }
 
+    /// Seconds that `rows` rows of a prefill from position `first` on add to a step.
+    pub fn prefill_seconds(&self, rows: usize, first: usize) -> f64 {
+        let attended = rows * first + rows * rows / 2;
+        self.row_s * rows as f64 + self.attended_s * attended as f64
+    }
+
     /// The most rows of a prefill from position `first` on that take at most `seconds`.
     pub fn rows_within(&self, seconds: f64, first: usize) -> usize {
         // rows · (row_s + attended_s · first) + attended_s · rows² / 2 = seconds
@@ -76,17 +82,11 @@ impl StepCosts {
 /// Seconds of the fastest of a few steps of `rows` rows of one sequence from `first` on.
 fn time_step(runner: &mut dyn Runner, rows: usize, first: usize) -> Result<f64, ModelError> {
     let pages = (first + rows).div_ceil(PAGE_TOKENS);
-    let step = StepPlan {
-        token_ids: vec![0; rows],
-        positions: (first..first + rows)
-            .map(|position| position as u32)
-            .collect(),
-        row_sequences: vec![0; rows],
-        page_tables: (0..pages as u32).collect(),
+    let mut step = StepPlan {
         pages_per_sequence: pages,
-        logit_rows: vec![rows as u32 - 1],
         ..StepPlan::default()
     };
+    step.push_sequence(std::iter::repeat_n(0, rows), first, 0..pages as u32, 1);
     let mut fastest = f64::INFINITY;
     for _ in 0..REPEATS {
         let start = Instant::now();
@@ -131,10 +131,7 @@ mod tests {
                 attended_s: attended_ns * 1e-9,
             };
             let rows = costs.rows_within(seconds, first);
-            let taken = |rows: usize| {
-                let attended = rows * first + rows * rows / 2;
-                costs.step_seconds(rows, attended) - costs.step_s
-            };
+            let taken = |rows: usize| costs.prefill_seconds(rows, first);
             prop_assert!(taken(rows) <= seconds * 1.001 + 1e-9);
             prop_assert!(taken(rows + 1) * 1.001 + 1e-6 >= seconds);
         }

@@ -126,7 +126,7 @@ impl DraftModel {
             let end = (first + max_rows).min(known.len() - 1);
             self.plan.clear();
             self.plan.pages_per_sequence = end.div_ceil(PAGE_TOKENS);
-            self.push_rows(id, scheduler, &[], first..end);
+            self.push_rows(id, scheduler, &[], first..end, 0);
             self.runner.run(&self.plan)?;
             self.computed.insert(id, end);
         }
@@ -147,10 +147,7 @@ impl DraftModel {
             let id = guess.part.job;
             let total = total(guess);
             let first = self.computed.get(&id).copied().unwrap_or(0).min(total - 1);
-            self.push_rows(id, scheduler, &guess.tokens, first..total);
-            self.plan
-                .logit_rows
-                .push(self.plan.token_ids.len() as u32 - 1);
+            self.push_rows(id, scheduler, &guess.tokens, first..total, 1);
             self.computed.insert(id, total);
         }
         let vocab_size = self.runner.spec().vocab_size;
@@ -172,28 +169,26 @@ impl DraftModel {
         Ok(())
     }
 
-    /// Adds to the plan, whose table width is set, the rows `range` of a job's first sequence, whose tokens go on with `guesses`.
+    /// Adds to the plan the rows `range` of a job's first sequence, whose tokens go on with
+    /// `guesses`; the last `logit_rows` of them with logits.
     fn push_rows(
         &mut self,
         id: JobId,
         scheduler: &Scheduler,
         guesses: &[u32],
         range: Range<usize>,
+        logit_rows: usize,
     ) {
         let Some((known, table)) = scheduler.sequence(id, 0) else {
             return;
         };
-        let plan = &mut self.plan;
         let tokens = known.iter().chain(guesses).copied();
-        plan.token_ids
-            .extend(tokens.skip(range.start).take(range.len()));
-        let sequence = (plan.page_tables.len() / plan.pages_per_sequence) as u32;
-        plan.row_sequences.extend(range.clone().map(|_| sequence));
-        plan.positions
-            .extend(range.clone().map(|position| position as u32));
-        let used = &table[..range.end.div_ceil(PAGE_TOKENS)];
-        let filler = plan.pages_per_sequence - used.len();
-        plan.page_tables.extend(used.iter().map(|page| page.0));
-        plan.page_tables.extend(std::iter::repeat_n(0, filler));
+        let pages = &table[..range.end.div_ceil(PAGE_TOKENS)];
+        self.plan.push_sequence(
+            tokens.skip(range.start).take(range.len()),
+            range.start,
+            pages.iter().map(|page| page.0),
+            logit_rows,
+        );
     }
 }

@@ -174,18 +174,13 @@ fn run_chunk<'r>(
     token_ids: &[u32],
     first: usize,
 ) -> Result<&'r [f32], EngineError> {
-    let rows = token_ids.len() as u32;
-    let first = first as u32;
-    let pages = (first + rows).div_ceil(PAGE_TOKENS as u32);
-    let step = StepPlan {
-        token_ids: token_ids.to_vec(),
-        positions: (first..first + rows).collect(),
-        row_sequences: vec![0; token_ids.len()],
-        page_tables: (0..pages).collect(),
-        pages_per_sequence: pages as usize,
-        logit_rows: (0..rows).collect(),
+    let pages = (first + token_ids.len()).div_ceil(PAGE_TOKENS);
+    let mut step = StepPlan {
+        pages_per_sequence: pages,
         ..StepPlan::default()
     };
+    let tokens = token_ids.iter().copied();
+    step.push_sequence(tokens, first, 0..pages as u32, token_ids.len());
     Ok(runner.run(&step)?)
 }
 

@@ -288,15 +288,13 @@ impl Scheduler {
 
     /// All tokens of a running job's sequence, prompt and answer so far, and its pages.
     pub fn sequence(&self, id: JobId, sequence: usize) -> Option<(&[u32], &[PageId])> {
-        let task = self.running.iter().find(|task| task.id == id)?;
-        let sequence = task.sequences.get(sequence)?;
+        let sequence = self.task(id)?.sequences.get(sequence)?;
         Some((&sequence.token_ids, sequence.pages.table()))
     }
 
     /// The drafts of a running job that the next step will run, or the last one ran.
     pub fn drafts(&self, id: JobId) -> &[u32] {
-        let task = self.running.iter().find(|task| task.id == id);
-        task.map_or(&[], |task| &task.drafts)
+        self.task(id).map_or(&[], |task| &task.drafts)
     }
 
     /// Running jobs that wait for nothing but the next step to draw their next token.
@@ -308,7 +306,7 @@ impl Scheduler {
     /// Guesses what follows a running job's tokens: the next step computes the logits after
     /// each. Fewer may be taken up, or none; see [`StepPart::drafts`].
     pub fn set_drafts(&mut self, id: JobId, drafts: &[u32]) {
-        if let Some(task) = self.running.iter_mut().find(|task| task.id == id) {
+        if let Some(task) = find(&mut self.running, id) {
             task.drafts.clear();
             task.drafts.extend_from_slice(drafts);
         }
@@ -317,7 +315,7 @@ impl Scheduler {
     /// Notes that `part` has run, and that `new_tokens` follow its sequence: none after a chunk
     /// of a prompt; after a part with logits the drafts that were accepted and one more.
     pub fn complete(&mut self, part: &StepPart, new_tokens: &[u32]) {
-        let Some(task) = self.running.iter_mut().find(|task| task.id == part.job) else {
+        let Some(task) = find(&mut self.running, part.job) else {
             return;
         };
         task.drafts.clear();
@@ -333,7 +331,7 @@ impl Scheduler {
     /// `prompt_tokens` are the lengths of the prompts. The copies to run before the next step
     /// are added to it by the next [`Self::plan_step`].
     pub fn rewind(&mut self, id: JobId, prompt_tokens: &[usize], kept_new: usize, step: &mut Step) {
-        let Some(task) = self.running.iter_mut().find(|task| task.id == id) else {
+        let Some(task) = find(&mut self.running, id) else {
             return;
         };
         task.drafts.clear();
@@ -397,7 +395,7 @@ impl Scheduler {
         {
             return Err("a waiting job holds pages".to_owned());
         }
-        let sequences: usize = self.running.iter().map(|task| task.sequences.len()).sum();
+        let sequences = self.running_sequences();
         if sequences > self.settings.max_sequences {
             return Err(format!("{sequences} sequences run"));
         }
@@ -406,6 +404,16 @@ impl Scheduler {
             return Err("jobs are out of order".to_owned());
         }
         Ok(())
+    }
+
+    /// A running task.
+    fn task(&self, id: JobId) -> Option<&Task> {
+        self.running.iter().find(|task| task.id == id)
+    }
+
+    /// Sequences of all running tasks.
+    fn running_sequences(&self) -> usize {
+        self.running.iter().map(|task| task.sequences.len()).sum()
     }
 
     /// Takes a running task's pages and puts it back in the queue.
@@ -426,6 +434,10 @@ impl Scheduler {
         task.sequences.iter_mut().for_each(Sequence::make_chain);
         insert(&mut self.waiting, task);
     }
+}
+
+fn find(tasks: &mut [Task], id: JobId) -> Option<&mut Task> {
+    tasks.iter_mut().find(|task| task.id == id)
 }
 
 fn insert(tasks: &mut Vec<Task>, task: Task) {

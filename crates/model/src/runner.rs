@@ -121,6 +121,30 @@ impl StepPlan {
         self.sequence_adapters.clear();
     }
 
+    /// Adds one more sequence: `token_ids` at the positions from `first` on, of which the last
+    /// `logit_rows` have their logits wanted. `pages` are the pages of positions from 0 on, up
+    /// to the last token's; [`Self::pages_per_sequence`] is set before, to no fewer.
+    pub fn push_sequence(
+        &mut self,
+        token_ids: impl IntoIterator<Item = u32>,
+        first: usize,
+        pages: impl IntoIterator<Item = u32>,
+        logit_rows: usize,
+    ) {
+        let sequences = self.page_tables.len() / self.pages_per_sequence;
+        self.page_tables.extend(pages);
+        self.page_tables
+            .resize((sequences + 1) * self.pages_per_sequence, 0);
+        let start = self.token_ids.len();
+        self.token_ids.extend(token_ids);
+        let end = self.token_ids.len();
+        let positions = first as u32..(first + end - start) as u32;
+        self.positions.extend(positions);
+        self.row_sequences.resize(end, sequences as u32);
+        self.logit_rows
+            .extend((end - logit_rows) as u32..end as u32);
+    }
+
     /// The step's inputs as devices take them.
     pub fn batch(&self) -> StepBatch<'_> {
         StepBatch {
@@ -444,6 +468,27 @@ mod tests {
         step.logit_rows.push(0);
         let message = step.check(&LIMITS, 10).unwrap_err().to_string();
         assert!(message.contains("0 as a logit row: expected one below the 0 rows"));
+    }
+
+    #[test]
+    fn sequences_are_put_together_row_by_row() {
+        let mut step = StepPlan {
+            pages_per_sequence: 2,
+            ..StepPlan::default()
+        };
+        step.push_sequence([1, 2], 255, [7, 0], 1);
+        step.push_sequence([3], 0, [3], 1);
+        step.push_sequence([4, 5, 6], 4, [5], 0);
+        let expected = StepPlan {
+            token_ids: vec![1, 2, 3, 4, 5, 6],
+            positions: vec![255, 256, 0, 4, 5, 6],
+            row_sequences: vec![0, 0, 1, 2, 2, 2],
+            page_tables: vec![7, 0, 3, 0, 5, 0],
+            pages_per_sequence: 2,
+            logit_rows: vec![1, 2],
+            ..StepPlan::default()
+        };
+        assert_eq!(step, expected);
     }
 
     #[test]

@@ -178,10 +178,9 @@ fn prefill(runner: &mut dyn Runner, tokens: usize) -> Result<f64> {
     let max_rows = runner.limits().max_rows;
     for first in (0..tokens).step_by(max_rows) {
         let end = (first + max_rows).min(tokens);
-        set_rows(&mut step, runner, first..end);
-        if end == tokens {
-            step.logit_rows.push((end - first - 1) as u32);
-        }
+        begin(&mut step, end);
+        let logit_rows = usize::from(end == tokens);
+        push_rows(&mut step, runner, (0, 0), first..end, logit_rows);
         runner.run(&step)?;
     }
     Ok(tokens as f64 / start.elapsed().as_secs_f64())
@@ -190,17 +189,7 @@ fn prefill(runner: &mut dyn Runner, tokens: usize) -> Result<f64> {
 /// Tokens a second of single steps from an empty cache. The first step, which touches
 /// memory for the first time in a fresh process, is not counted.
 fn decode(runner: &mut dyn Runner, tokens: usize) -> Result<f64> {
-    let mut step = StepPlan::default();
-    let mut start = Instant::now();
-    for position in 0..=tokens {
-        if position == 1 {
-            start = Instant::now();
-        }
-        set_rows(&mut step, runner, position..position + 1);
-        step.logit_rows.push(0);
-        runner.run(&step)?;
-    }
-    Ok(tokens as f64 / start.elapsed().as_secs_f64())
+    decode_from(runner, 1, 0, tokens)
 }
 
 /// Tokens a second, all sequences together, of steps with one row and its logits for each of
@@ -210,43 +199,59 @@ fn decode_batch(runner: &mut dyn Runner, sequences: usize, tokens: usize) -> Res
     let pages = (BATCH_PROMPT_TOKENS + tokens + 1).div_ceil(PAGE_TOKENS);
     let mut step = StepPlan::default();
     for sequence in 0..sequences {
-        set_rows(&mut step, runner, 0..BATCH_PROMPT_TOKENS);
-        step.page_tables[0] = (sequence * pages) as u32;
+        begin(&mut step, BATCH_PROMPT_TOKENS);
+        let own = (sequence, sequence * pages);
+        push_rows(&mut step, runner, own, 0..BATCH_PROMPT_TOKENS, 0);
         runner.run(&step)?;
     }
-    step.clear();
-    step.pages_per_sequence = pages;
-    step.page_tables.extend(0..(sequences * pages) as u32);
-    step.row_sequences.extend(0..sequences as u32);
-    step.logit_rows.extend(0..sequences as u32);
-    let vocab_size = runner.spec().vocab_size;
+    decode_from(runner, sequences, BATCH_PROMPT_TOKENS, tokens)
+}
+
+/// Tokens a second of `tokens` steps of each of `sequences` sequences from position `first` on,
+/// after one that is not counted.
+fn decode_from(
+    runner: &mut dyn Runner,
+    sequences: usize,
+    first: usize,
+    tokens: usize,
+) -> Result<f64> {
+    let pages = (first + tokens + 1).div_ceil(PAGE_TOKENS);
+    let mut step = StepPlan::default();
     let mut start = Instant::now();
-    for position in BATCH_PROMPT_TOKENS..=BATCH_PROMPT_TOKENS + tokens {
-        if position == BATCH_PROMPT_TOKENS + 1 {
+    for position in first..=first + tokens {
+        if position == first + 1 {
             start = Instant::now();
         }
-        step.positions.clear();
-        step.positions.resize(sequences, position as u32);
-        step.token_ids.clear();
-        step.token_ids
-            .extend((0..sequences).map(|sequence| spread(sequence + position, vocab_size)));
+        begin(&mut step, position + 1);
+        for sequence in 0..sequences {
+            let own = (sequence, sequence * pages);
+            push_rows(&mut step, runner, own, position..position + 1, 1);
+        }
         runner.run(&step)?;
     }
     Ok((sequences * tokens) as f64 / start.elapsed().as_secs_f64())
 }
 
-/// One sequence's rows at `positions`, with tokens that differ from row to row.
-fn set_rows(step: &mut StepPlan, runner: &dyn Runner, positions: std::ops::Range<usize>) {
-    let vocab_size = runner.spec().vocab_size;
+/// Empties `step` for sequences of up to `tokens` tokens.
+fn begin(step: &mut StepPlan, tokens: usize) {
     step.clear();
-    let pages = positions.end.div_ceil(PAGE_TOKENS);
-    step.page_tables.extend(0..pages as u32);
-    step.pages_per_sequence = pages;
-    for position in positions {
-        step.token_ids.push(spread(position, vocab_size));
-        step.positions.push(position as u32);
-        step.row_sequences.push(0);
-    }
+    step.pages_per_sequence = tokens.div_ceil(PAGE_TOKENS);
+}
+
+/// Adds the rows of a sequence, on pages from `first_page` on, at `positions`, with tokens that
+/// differ from row to row; the last `logit_rows` of them with logits.
+fn push_rows(
+    step: &mut StepPlan,
+    runner: &dyn Runner,
+    (sequence, first_page): (usize, usize),
+    positions: std::ops::Range<usize>,
+    logit_rows: usize,
+) {
+    let vocab_size = runner.spec().vocab_size;
+    let pages = first_page as u32..(first_page + step.pages_per_sequence) as u32;
+    let first = positions.start;
+    let tokens = positions.map(|position| spread(sequence + position, vocab_size));
+    step.push_sequence(tokens, first, pages, logit_rows);
 }
 
 /// A token for `index`: Knuth's multiplicative hash spreads them over the vocabulary.

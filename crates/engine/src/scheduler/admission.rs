@@ -60,7 +60,7 @@ impl Scheduler {
     }
 
     fn fit(&self, task: &Task) -> Fit {
-        let running: usize = self.running.iter().map(|task| task.sequences.len()).sum();
+        let running = self.running_sequences();
         if running + task.sequences.len() > self.settings.max_sequences {
             return Fit::NoRoom;
         }

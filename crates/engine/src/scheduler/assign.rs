@@ -33,7 +33,7 @@ impl Scheduler {
 
     /// Drops drafts that the step has no rows for. Half of the spare rows stay for prompts.
     fn trim_drafts(&mut self) {
-        let sequences: usize = self.running.iter().map(|task| task.sequences.len()).sum();
+        let sequences = self.running_sequences();
         let mut rows = self.settings.max_rows.saturating_sub(sequences);
         if self.running.iter().any(|task| !task.is_decoding()) {
             rows /= 2;
@@ -159,9 +159,7 @@ impl Scheduler {
                     continue;
                 }
                 if let (Some(goal), Some(seconds)) = (self.settings.latency, &mut left.seconds) {
-                    let attended = tokens * first + tokens * tokens / 2;
-                    let costs = goal.costs;
-                    *seconds -= costs.row_s * tokens as f64 + costs.attended_s * attended as f64;
+                    *seconds -= goal.costs.prefill_seconds(tokens, first);
                 }
                 least = 0;
                 left.rows -= tokens;

@@ -1,8 +1,9 @@
 //! What a step consists of.
 
+use oxllama_backend::PAGE_TOKENS;
 use oxllama_model::{PageCopy, StepPlan};
 
-use super::{JobId, Scheduler, Task};
+use super::{JobId, Scheduler};
 
 /// Consecutive tokens of one sequence in a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +26,11 @@ impl StepPart {
     /// Rows of the step.
     pub fn rows(&self) -> usize {
         self.tokens + self.drafts
+    }
+
+    /// Pages, from the sequence's first on, up to that of the last row.
+    fn pages_used(&self) -> usize {
+        (self.first + self.rows()).div_ceil(PAGE_TOKENS)
     }
 
     /// Rows whose logits are wanted.
@@ -72,37 +78,22 @@ impl Scheduler {
     pub fn fill(&self, step: &Step, plan: &mut StepPlan) {
         plan.clear();
         plan.page_copies.extend_from_slice(&step.copies);
-        let width = step.parts.iter().map(|part| self.pages_used(part)).max();
+        let width = step.parts.iter().map(StepPart::pages_used).max();
         plan.pages_per_sequence = width.unwrap_or(0);
-        for (index, part) in step.parts.iter().enumerate() {
-            let Some(task) = self.task_of(part) else {
+        for part in &step.parts {
+            let Some(task) = self.task(part.job) else {
                 continue;
             };
             let sequence = &task.sequences[part.sequence];
             let tokens = &sequence.token_ids[part.first..part.first + part.tokens];
-            plan.token_ids.extend_from_slice(tokens);
-            plan.token_ids
-                .extend_from_slice(&task.drafts[..part.drafts]);
-            let rows = part.rows();
-            let positions = part.first as u32..(part.first + rows) as u32;
-            plan.positions.extend(positions);
-            plan.row_sequences
-                .extend(std::iter::repeat_n(index as u32, rows));
-            let end = plan.token_ids.len() as u32;
-            plan.logit_rows.extend(end - part.logit_rows() as u32..end);
-            let used = self.pages_used(part);
-            let table = &sequence.pages.table()[..used];
-            plan.page_tables.extend(table.iter().map(|page| page.0));
-            let filler = plan.pages_per_sequence - used;
-            plan.page_tables.extend(std::iter::repeat_n(0, filler));
+            let tokens = tokens.iter().chain(&task.drafts[..part.drafts]);
+            let pages = &sequence.pages.table()[..part.pages_used()];
+            plan.push_sequence(
+                tokens.copied(),
+                part.first,
+                pages.iter().map(|page| page.0),
+                part.logit_rows(),
+            );
         }
-    }
-
-    fn pages_used(&self, part: &StepPart) -> usize {
-        (part.first + part.rows()).div_ceil(oxllama_backend::PAGE_TOKENS)
-    }
-
-    fn task_of(&self, part: &StepPart) -> Option<&Task> {
-        self.running.iter().find(|task| task.id == part.job)
     }
 }
