@@ -23,6 +23,7 @@ mod evaluate;
 mod flight;
 mod job;
 mod mask;
+mod names;
 mod output;
 mod pages;
 mod sampler;
@@ -42,6 +43,7 @@ pub use job::{
     TokenLogprob, Usage,
 };
 pub use mask::TokenMask;
+pub use names::near_names;
 pub use pages::{PageHash, PageId, PageTable, PrefixCounters, SequencePages};
 pub use sampler::{SampleError, Sampler, SamplerVocabulary, mix_guidance, token_logprobs};
 pub use scheduler::{

@@ -1,6 +1,6 @@
 //! The names of a job's fields, and what a misspelt one may have meant.
 
-use oxllama_engine::SamplingSettings;
+use oxllama_engine::{SamplingSettings, near_names};
 
 /// Fields of a job besides the sampling settings.
 const FIELDS: [&str; 26] = [
@@ -58,42 +58,9 @@ pub(super) fn unknown(name: &str) -> String {
     }
 }
 
-/// Known names that differ by few letters from `name`, contain it or are contained in it.
+/// Known names that are like `name`.
 fn near(name: &str) -> Vec<&'static str> {
-    const LONGEST_BYTES: usize = 64;
-    const MOST: usize = 4;
-    if name.len() > LONGEST_BYTES {
-        return Vec::new();
-    }
-    let name = name.to_ascii_lowercase();
-    let known = FIELDS.into_iter().chain(SamplingSettings::names());
-    let mut near: Vec<(usize, &str)> = known
-        .filter_map(|known| {
-            let distance = edit_distance(&name, known);
-            let is_part = name.len() >= 3 && (known.contains(&name) || name.contains(known));
-            let is_near = distance <= known.len() / 3 || is_part && known.len() >= 3;
-            is_near.then_some((distance, known))
-        })
-        .collect();
-    near.sort_unstable();
-    near.truncate(MOST);
-    near.into_iter().map(|(_, known)| known).collect()
-}
-
-/// How many letters must be inserted, removed or replaced (Levenshtein).
-fn edit_distance(from: &str, to: &str) -> usize {
-    let to = to.as_bytes();
-    let mut row: Vec<usize> = (0..=to.len()).collect();
-    for (index, letter) in from.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = index + 1;
-        for (place, other) in to.iter().enumerate() {
-            let replaced = diagonal + usize::from(letter != *other);
-            diagonal = row[place + 1];
-            row[place + 1] = replaced.min(row[place] + 1).min(diagonal + 1);
-        }
-    }
-    row[to.len()]
+    near_names(name, FIELDS.into_iter().chain(SamplingSettings::names()))
 }
 
 #[cfg(test)]
@@ -110,19 +77,5 @@ mod tests {
         assert!(near(&"a".repeat(100)).is_empty());
         assert!(unknown("body").contains("beside custom_id"));
         assert!(unknown("zzzzzzzz").contains("guided_regex"));
-    }
-
-    #[test]
-    fn distances_count_letters() {
-        let distances = [
-            ("", "abc", 3),
-            ("abc", "abc", 0),
-            ("abd", "abc", 1),
-            ("ac", "abc", 1),
-        ];
-        for (from, to, distance) in distances {
-            assert_eq!(edit_distance(from, to), distance);
-            assert_eq!(edit_distance(to, from), distance);
-        }
     }
 }

@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::{SamplingSettings, SettingsError, Stage};
+use crate::near_names;
 
 type Access<T> = fn(&mut SamplingSettings) -> &mut T;
 
@@ -181,7 +182,7 @@ fn find(name: &str) -> Result<&'static Entry, SettingsError> {
         .find(wanted)
         .ok_or_else(|| SettingsError::Unknown {
             name: shortened(name),
-            near: near(name),
+            near: near_names(name, names()),
         })
 }
 
@@ -304,41 +305,6 @@ fn shortened(text: &str) -> String {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text.to_owned(),
     }
-}
-
-/// Names that differ from `name` by few letters, contain it, or are contained in it.
-fn near(name: &str) -> Vec<&'static str> {
-    const LONGEST_BYTES: usize = 64;
-    if name.len() > LONGEST_BYTES {
-        return Vec::new();
-    }
-    let name = name.to_ascii_lowercase();
-    let mut near: Vec<(usize, &'static str)> = names()
-        .filter_map(|known| {
-            let distance = edit_distance(&name, known);
-            let is_part = name.len() >= 3 && (known.contains(&name) || name.contains(known));
-            (distance <= known.len() / 3 || is_part).then_some((distance, known))
-        })
-        .collect();
-    near.sort_unstable();
-    near.truncate(4);
-    near.into_iter().map(|(_, known)| known).collect()
-}
-
-/// How many letters must be inserted, removed or replaced (Levenshtein).
-fn edit_distance(a: &str, b: &str) -> usize {
-    let b = b.as_bytes();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 /// What to say after "unknown sampling setting".
