@@ -23,7 +23,7 @@ use dry::Dry;
 use penalties::Penalties;
 use random::{Stream, uniform};
 use row::{Candidate, Row, RowScratch};
-use vocabulary::token_set;
+use vocabulary::{Sets, token_set};
 
 /// No token can be drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -69,10 +69,22 @@ impl Sampler {
         vocab_size: usize,
         vocabulary: &SamplerVocabulary,
     ) -> Self {
-        let set_or = |ids: &Option<Vec<u32>>, default: &Arc<TokenMask>| match ids {
+        type Default = fn(&Sets) -> &Arc<TokenMask>;
+        let set = |is_used: bool, ids: &Option<Vec<u32>>, default: Default| match ids {
             Some(ids) => Arc::new(token_set(ids, vocab_size)),
-            None => Arc::clone(default),
+            None if is_used => Arc::clone(default(vocabulary.sets())),
+            None => Arc::new(TokenMask::none(0)),
         };
+        let dry_breakers = set(
+            settings.dry_multiplier > 0.0,
+            &settings.dry_sequence_breakers,
+            |sets| &sets.dry_breakers,
+        );
+        let xtc_ignored = set(
+            settings.xtc_probability > 0.0,
+            &settings.xtc_ignore_tokens,
+            |sets| &sets.xtc_ignored,
+        );
         let first_mu = if settings.mirostat_mu > 0.0 {
             settings.mirostat_mu
         } else {
@@ -84,8 +96,8 @@ impl Sampler {
             history: Vec::new(),
             penalties: Penalties::new(&settings),
             dry: Dry::new(&settings),
-            dry_breakers: set_or(&settings.dry_sequence_breakers, &vocabulary.dry_breakers),
-            xtc_ignored: set_or(&settings.xtc_ignore_tokens, &vocabulary.xtc_ignored),
+            dry_breakers,
+            xtc_ignored,
             mu: settings.mirostat.then_some(first_mu).into_iter().collect(),
             next_mu: None,
             row: RowScratch::default(),
