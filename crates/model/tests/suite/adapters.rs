@@ -4,9 +4,8 @@ use std::path::{Path, PathBuf};
 
 use oxllama_backend::Device;
 use oxllama_backend::reference::ReferenceDevice;
-use oxllama_cpu::CpuDevice;
 use oxllama_format::{AdapterSource, SafetensorsDir, TensorSource};
-use oxllama_memory::{Bytes, DeviceId, Holding, Ledger, Policy, Purpose};
+use oxllama_memory::{Bytes, DeviceId, Policy};
 use oxllama_model::{ModelError, ModelRequest, NO_ADAPTER, Runner, StepPlan};
 use serde_json::{Value, json};
 
@@ -14,14 +13,14 @@ use crate::families::{fixture, ids, worst};
 use crate::files::{Tensor, altered_copy, read_tensors, write_safetensors};
 use crate::harness::{Loaded, cpu_device, exact_request, load, load_with, shared, virtual_devices};
 
-const PLAIN: &str = "llama2_plain";
-const STABLE: &str = "llama2_stable";
+pub(crate) const PLAIN: &str = "llama2_plain";
+pub(crate) const STABLE: &str = "llama2_stable";
 
 fn lora_fixture(name: &str) -> PathBuf {
     fixture("lora").join(name)
 }
 
-fn adapter(name: &str) -> AdapterSource {
+pub(crate) fn adapter(name: &str) -> AdapterSource {
     AdapterSource::open(&lora_fixture(name)).expect("an adapter")
 }
 
@@ -63,12 +62,12 @@ fn feed(model: &mut dyn Runner, sequences: &[(u32, &[u32])], chunk: usize) -> Ve
 }
 
 /// One sequence by itself, in one step.
-fn feed_one(model: &mut dyn Runner, adapter: u32, tokens: &[u32]) -> Vec<f32> {
+pub(crate) fn feed_one(model: &mut dyn Runner, adapter: u32, tokens: &[u32]) -> Vec<f32> {
     feed(model, &[(adapter, tokens)], 64).remove(0)
 }
 
 /// The fixture's tokens and the logits of its model with one of its adapters, or `none`.
-fn expected(name: &str) -> (Vec<u32>, Vec<f32>) {
+pub(crate) fn expected(name: &str) -> (Vec<u32>, Vec<f32>) {
     let path = fixture("lora");
     let cases = std::fs::read_to_string(path.join("cases.json")).expect("cases.json");
     let cases: Value = serde_json::from_str(&cases).expect("JSON");
@@ -104,7 +103,7 @@ fn adapters_agree_with_peft_on_the_fast_backend() {
 }
 
 /// A model on `devices` virtual devices with a layer each.
-fn load_split<D: Device>(devices: u32, device: fn(DeviceId) -> D) -> Loaded<D> {
+pub(crate) fn load_split<D: Device>(devices: u32, device: fn(DeviceId) -> D) -> Loaded<D> {
     let (inventory, ledger) = virtual_devices(devices, Bytes::from_mib(64));
     let loaded = load_with(&fixture("llama2"), &request(), &inventory, ledger, device);
     let loaded = loaded.expect("a model");
@@ -210,7 +209,7 @@ fn write_config(directory: &Path, config: &Value) {
 }
 
 /// Writes an adapter with these tensors; their names lack what PEFT puts before them.
-fn write_adapter(config: &Value, tensors: Vec<Tensor>) -> tempfile::TempDir {
+pub(crate) fn write_adapter(config: &Value, tensors: Vec<Tensor>) -> tempfile::TempDir {
     let directory = tempfile::tempdir().expect("a temporary directory");
     write_config(directory.path(), config);
     let tensors: Vec<Tensor> = tensors
@@ -227,12 +226,12 @@ fn write_adapter(config: &Value, tensors: Vec<Tensor>) -> tempfile::TempDir {
     directory
 }
 
-fn plain_config(rank: usize) -> Value {
+pub(crate) fn plain_config(rank: usize) -> Value {
     json!({"peft_type": "LORA", "r": rank, "lora_alpha": rank})
 }
 
 /// A and B of one module.
-fn pair(module: &str, rank: usize, (inputs, outputs): (usize, usize)) -> [Tensor; 2] {
+pub(crate) fn pair(module: &str, rank: usize, (inputs, outputs): (usize, usize)) -> [Tensor; 2] {
     let mut seed = (rank * 31 + outputs) as u32;
     let name = |part: &str| format!("{module}.{part}.weight");
     let a: Vec<f32> = draw(rank * inputs, &mut seed)
@@ -380,188 +379,6 @@ fn a_quantised_model_keeps_its_bits_beside_an_adapter() {
         let found = feed(&mut model, &[(NO_ADAPTER, &tokens), (id, &tokens)], chunk);
         assert!(found == [&*without, &*with], "chunks of {chunk}");
     }
-}
-
-/// What every device holds for everything.
-fn books(ledger: &Ledger) -> Vec<Vec<Holding>> {
-    (0..2)
-        .map(|index| ledger.entries(&DeviceId::cpu(index)))
-        .collect()
-}
-
-/// Bytes held for adapters on each of two devices.
-fn lora_bytes(ledger: &Ledger) -> [u64; 2] {
-    [0, 1].map(|index| {
-        let entries = ledger.entries(&DeviceId::cpu(index));
-        let of_lora = entries
-            .iter()
-            .filter(|entry| entry.purpose == Purpose::Lora);
-        of_lora.map(|entry| entry.bytes.get()).sum()
-    })
-}
-
-#[test]
-fn adapters_are_in_the_books_until_they_are_unloaded() {
-    let mut loaded = load_split(2, cpu_device);
-    let before = books(&loaded.ledger);
-    let rows = loaded.model.limits().max_rows.min(256) as u64;
-    let plain = loaded
-        .model
-        .load_adapter(&adapter(PLAIN), 1.0)
-        .expect("an adapter");
-    let with_plain = lora_bytes(&loaded.ledger);
-    assert!(with_plain.iter().all(|&bytes| bytes > rows * 4 * (96 + 7)));
-
-    // Only the second device holds layer 1, and its scratch grows from rank 7 to rank 20.
-    let stable = loaded
-        .model
-        .load_adapter(&adapter(STABLE), 1.0)
-        .expect("an adapter");
-    let with_both = lora_bytes(&loaded.ledger);
-    assert_eq!(with_both[0], with_plain[0]);
-    assert!(with_both[1] - with_plain[1] > rows * 4 * (20 - 7));
-
-    loaded.model.unload_adapter(plain).expect("it is loaded");
-    let of_scratch = lora_bytes(&loaded.ledger)[0];
-    assert_eq!(of_scratch, rows * 4 * (96 + 7), "scratch alone");
-    let (tokens, logits) = expected(STABLE);
-    let error = worst(&feed_one(&mut loaded.model, stable.get(), &tokens), &logits);
-    assert!(error < 1e-3, "after the other was unloaded: {error}");
-
-    loaded.model.unload_adapter(stable).expect("it is loaded");
-    assert_eq!(books(&loaded.ledger), before);
-    let again = loaded
-        .model
-        .load_adapter(&adapter(PLAIN), 1.0)
-        .expect("an adapter");
-    assert_eq!(lora_bytes(&loaded.ledger), with_plain);
-    assert!(again != plain && again != stable, "ids are not used again");
-}
-
-/// Loads an adapter that must be refused, and checks that nothing has changed.
-fn refused(loaded: &mut Loaded<CpuDevice>, source: &AdapterSource, scale: f32) -> ModelError {
-    let tokens = [5, 9, 31];
-    let before = books(&loaded.ledger);
-    let logits = feed_one(&mut loaded.model, NO_ADAPTER, &tokens);
-    let error = loaded
-        .model
-        .load_adapter(source, scale)
-        .expect_err("refused");
-    assert_eq!(books(&loaded.ledger), before, "{error}");
-    assert_eq!(feed_one(&mut loaded.model, NO_ADAPTER, &tokens), logits);
-    error
-}
-
-#[test]
-fn a_failed_load_of_an_adapter_changes_nothing() {
-    let mut loaded = load_split(2, cpu_device);
-    let error = refused(&mut loaded, &adapter(PLAIN), f32::NAN);
-    assert!(matches!(error, ModelError::AdapterScale { .. }), "{error}");
-
-    // Room for the scratch of the first device, but not of the second.
-    let room = loaded
-        .ledger
-        .usage(&DeviceId::cpu(1))
-        .expect("a device")
-        .available;
-    let ledger = loaded.ledger.clone();
-    let all = ledger.reserve(&DeviceId::cpu(1), "other", Purpose::Weights, room);
-    let all = all.expect("what is available");
-    let error = refused(&mut loaded, &adapter(PLAIN), 1.0);
-    assert!(matches!(error, ModelError::Shortfall(_)), "{error}");
-    drop(all);
-
-    // A number that is none, found when everything is reserved.
-    let mut tensors = pair("model.layers.1.mlp.down_proj", 3, (96, 64)).to_vec();
-    let bytes = tensors[1].bytes.as_mut().expect("data");
-    bytes[8..12].copy_from_slice(&f32::NAN.to_le_bytes());
-    let directory = write_adapter(&plain_config(3), tensors);
-    let source = AdapterSource::open(directory.path()).expect("a sound header");
-    let error = refused(&mut loaded, &source, 1.0);
-    assert!(error.to_string().contains("NaN"), "{error}");
-    assert!(error.to_string().contains("down_proj.lora_B"), "{error}");
-}
-
-#[test]
-fn adapters_of_other_models_are_refused() {
-    let mut loaded = load_split(2, cpu_device);
-    let with = |tensors: &[[Tensor; 2]], rank: usize| {
-        let directory = write_adapter(&plain_config(rank), tensors.concat());
-        AdapterSource::open(directory.path()).map(|source| (directory, source))
-    };
-    let q_proj = "model.layers.0.self_attn.q_proj";
-    let cases = [
-        (
-            vec![pair("lm_head", 2, (64, 103))],
-            2,
-            "module `lm_head` is not known",
-        ),
-        (
-            vec![pair("model.layers.0.mlp.experts.3.w1", 2, (64, 96))],
-            2,
-            "one of self_attn.q_proj, self_attn.k_proj",
-        ),
-        (
-            vec![pair("model.layers.2.mlp.up_proj", 2, (64, 96))],
-            2,
-            "of a layer that the model does not have: expected model.layers.N, N below 2",
-        ),
-        (
-            vec![pair(
-                "model.layers.99999999999999999999999.mlp.up_proj",
-                2,
-                (64, 96),
-            )],
-            2,
-            "of a layer that the model does not have",
-        ),
-        (
-            vec![pair("model.layers.+1.mlp.up_proj", 2, (64, 96))],
-            2,
-            "is not known",
-        ),
-        (
-            vec![pair(q_proj, 2, (65, 64))],
-            2,
-            "has in_features 65: expected 64",
-        ),
-        (
-            vec![pair(q_proj, 2, (64, 32))],
-            2,
-            "has out_features 32: expected 64",
-        ),
-        (
-            vec![pair("model.layers.0.self_attn.qkv_proj", 2, (64, 64))],
-            2,
-            "has out_features 64: expected 192",
-        ),
-        (
-            vec![pair(q_proj, 97, (64, 64))],
-            97,
-            "has rank 97: expected at most 96",
-        ),
-        (
-            vec![
-                pair(
-                    "language_model.model.layers.0.self_attn.q_proj",
-                    2,
-                    (64, 64),
-                ),
-                pair(q_proj, 2, (64, 64)),
-            ],
-            2,
-            "under another name as well",
-        ),
-    ];
-    for (tensors, rank, expected) in cases {
-        let (_directory, source) = with(&tensors, rank).expect("a sound directory");
-        let error = refused(&mut loaded, &source, 1.0).to_string();
-        assert!(error.contains(expected), "{error:?} lacks {expected:?}");
-    }
-    // The widest rank that fits runs within the step's scratch.
-    let (_directory, source) = with(&[pair(q_proj, 96, (64, 64))], 96).expect("sound");
-    let id = loaded.model.load_adapter(&source, 1.0).expect("an adapter");
-    feed_one(&mut loaded.model, id.get(), &[5, 9, 31]);
 }
 
 #[test]

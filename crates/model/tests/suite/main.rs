@@ -1,5 +1,6 @@
 //! Whole models: loaded by plan, run on the scalar backend, held against other programs.
 
+mod adapter_books;
 mod adapters;
 mod cache;
 mod families;
