@@ -151,8 +151,10 @@ impl Flight {
             if let Some(draft) = &mut self.draft {
                 draft.rewind(id, parts[0].first + parts[0].tokens + accepted);
             }
-        } else if active.clock.prefilled.is_none() {
-            let done = parts[0].first + parts[0].tokens;
+        } else if active.clock.prefilled.is_none()
+            && let Some(part) = parts.iter().find(|part| part.sequence == 0)
+        {
+            let done = part.first + part.tokens;
             let total = active.prompt_tokens[0];
             active.events.send(Event::Prefill { done, total });
         }

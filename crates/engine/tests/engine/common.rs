@@ -36,6 +36,16 @@ impl Default for Shape {
     }
 }
 
+/// Room for answers that rewind, loop, or guess.
+pub(crate) const SHAPE: Shape = Shape {
+    context_tokens: 512,
+    cache_tokens: None,
+    batch: 4,
+    chunk_tokens: 64,
+    logit_rows: 32,
+    cache: CacheFormat::F16,
+};
+
 pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../../tests/fixtures/models")

@@ -1,19 +1,10 @@
 //! Banned strings, healing, guidance, constraints, adapters.
 
-use oxllama_engine::{ConstraintSpec, FinishReason, Guidance, Job, Speculation};
+use oxllama_engine::{ConstraintSpec, Event, FinishReason, Guidance, Job, Speculation};
 use oxllama_format::AdapterSource;
 
 use crate::common::{
-    PROMPT, Shape, engine, engine_with, fixture, greedy, load, run, sampled, settings,
-};
-
-const SHAPE: Shape = Shape {
-    context_tokens: 512,
-    cache_tokens: None,
-    batch: 4,
-    chunk_tokens: 64,
-    logit_rows: 32,
-    cache: oxllama_memory::CacheFormat::F16,
+    PROMPT, SHAPE, engine, engine_with, fixture, greedy, load, run, sampled, settings,
 };
 
 #[test]
@@ -91,6 +82,23 @@ fn guidance_steers_by_another_prompt() {
     let negative = run(&engine, greedy(&negative_ids, 30)).token_ids;
     assert_eq!(run(&engine, guided(0.0)).token_ids, negative);
     assert_ne!(run(&engine, guided(3.0)).token_ids, plain);
+}
+
+#[test]
+fn progress_is_that_of_the_prompt_not_of_the_negative_one() {
+    let engine = engine(SHAPE);
+    let job = Job {
+        guidance: Some(Guidance {
+            negative_ids: (0..300).map(|i| i % 90).collect(),
+            scale: 2.0,
+        }),
+        ..greedy(&PROMPT, 3)
+    };
+    engine.submit(job).unwrap().wait_with(|event| {
+        if let Event::Prefill { done, total } = event {
+            assert!(done <= total, "{done} of {total}");
+        }
+    });
 }
 
 #[test]

@@ -3,16 +3,7 @@
 use oxllama_engine::{Engine, EngineError, EngineParts, EngineSettings, Job, Speculation};
 
 use crate::common::{
-    PROMPT, Shape, engine_with, greedy, load, prompt, run, sampled, settings, tokenizer,
-};
-
-const SHAPE: Shape = Shape {
-    context_tokens: 512,
-    cache_tokens: None,
-    batch: 4,
-    chunk_tokens: 64,
-    logit_rows: 32,
-    cache: oxllama_memory::CacheFormat::F16,
+    PROMPT, SHAPE, Shape, engine_with, greedy, load, prompt, run, sampled, settings, tokenizer,
 };
 
 /// As eager as can be: a guess costs nothing.
