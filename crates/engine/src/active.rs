@@ -8,7 +8,9 @@ use crate::job::{Event, FinishReason, Job, Timings, Usage};
 use crate::output::{Output, Pushed};
 use crate::speculate::DraftLength;
 use crate::stream::EventSender;
-use crate::{Constraint, EngineError, SampleError, Sampler, TokenMask, token_logprobs};
+use crate::{
+    Constraint, ConstraintError, EngineError, SampleError, Sampler, TokenMask, token_logprobs,
+};
 
 /// Rewinds after which a job that cannot get round its banned strings is given up.
 const MOST_REWINDS: usize = 1000;
@@ -29,12 +31,7 @@ pub(crate) struct Active {
     pub(crate) clock: Clock,
     /// The place in the queue that was last told.
     pub(crate) told_position: Option<usize>,
-    /// Tokens that may not be drawn at a place of the answer.
-    bans: HashMap<usize, Vec<u32>>,
-    rewinds: usize,
-    /// Masks for the rows of the next draw, as far as the constraint allows the drafts.
-    masks: Vec<Result<TokenMask, crate::ConstraintError>>,
-    mask: TokenMask,
+    pub(crate) allowed: Allowed,
 }
 
 /// When things happened to a job.
@@ -46,17 +43,39 @@ pub(crate) struct Clock {
     pub(crate) decode_steps: usize,
 }
 
-/// The parts of an [`Active`] that its submitter made.
-pub(crate) struct Parts {
-    pub(crate) job: Job,
-    pub(crate) events: EventSender,
-    pub(crate) prompt_tokens: Vec<usize>,
-    pub(crate) sampler: Sampler,
-    pub(crate) output: Output,
-    pub(crate) constraint: Option<Constraint>,
-    pub(crate) healing: Option<TokenMask>,
-    pub(crate) draft_length: DraftLength,
-    pub(crate) vocab_size: usize,
+impl Clock {
+    /// Submitted now.
+    pub(crate) fn start() -> Self {
+        Self {
+            submitted: Instant::now(),
+            started: None,
+            prefilled: None,
+            decode_steps: 0,
+        }
+    }
+}
+
+/// What may be drawn, beyond the job's own settings.
+pub(crate) struct Allowed {
+    /// Tokens that may not be drawn at a place of the answer.
+    bans: HashMap<usize, Vec<u32>>,
+    rewinds: usize,
+    /// Masks for the rows of the next draw, as far as the constraint allows the drafts.
+    masks: Vec<Result<TokenMask, ConstraintError>>,
+    /// Scratch: everything together for one row.
+    mask: TokenMask,
+}
+
+impl Allowed {
+    /// Everything, of a vocabulary of `vocab_size`.
+    pub(crate) fn everything(vocab_size: usize) -> Self {
+        Self {
+            bans: HashMap::new(),
+            rewinds: 0,
+            masks: Vec::new(),
+            mask: TokenMask::none(vocab_size),
+        }
+    }
 }
 
 /// How a job goes on after a draw.
@@ -71,35 +90,6 @@ pub(crate) enum Outcome {
 }
 
 impl Active {
-    pub(crate) fn new(parts: Parts) -> Self {
-        let usage = Usage {
-            prompt_tokens: parts.prompt_tokens[0],
-            ..Usage::default()
-        };
-        Self {
-            job: parts.job,
-            events: parts.events,
-            prompt_tokens: parts.prompt_tokens,
-            sampler: parts.sampler,
-            output: parts.output,
-            constraint: parts.constraint,
-            healing: parts.healing,
-            draft_length: parts.draft_length,
-            usage,
-            clock: Clock {
-                submitted: Instant::now(),
-                started: None,
-                prefilled: None,
-                decode_steps: 0,
-            },
-            told_position: None,
-            bans: HashMap::new(),
-            rewinds: 0,
-            masks: Vec::new(),
-            mask: TokenMask::none(parts.vocab_size),
-        }
-    }
-
     /// Notes that a step has given logits to draw from.
     pub(crate) fn note_logits(&mut self) {
         match self.clock.prefilled {
@@ -123,16 +113,16 @@ impl Active {
     /// Computes what the constraint allows after the answer so far and after each of `drafts`.
     /// Runs beside the device.
     pub(crate) fn prepare_masks(&mut self, drafts: &[u32]) {
-        self.masks.clear();
+        self.allowed.masks.clear();
         let Some(constraint) = &mut self.constraint else {
             return;
         };
         let mut accepted = 0;
         for place in 0..=drafts.len() {
-            let mut mask = TokenMask::none(self.mask.vocab_size());
+            let mut mask = TokenMask::none(self.allowed.mask.vocab_size());
             let masked = constraint.mask(&mut mask);
             let failed = masked.is_err();
-            self.masks.push(masked.map(|()| mask));
+            self.allowed.masks.push(masked.map(|()| mask));
             if failed || place == drafts.len() || constraint.accept(drafts[place]).is_err() {
                 break;
             }
@@ -142,7 +132,7 @@ impl Active {
             }
         }
         if let Err(error) = constraint.rollback(accepted) {
-            self.masks = vec![Err(error)];
+            self.allowed.masks = vec![Err(error)];
         }
     }
 
@@ -159,7 +149,7 @@ impl Active {
         if self.job.max_new_tokens == 0 {
             return Outcome::Finishes(FinishReason::Length);
         }
-        let vocab_size = self.mask.vocab_size();
+        let vocab_size = self.allowed.mask.vocab_size();
         for (row, logits) in logits.chunks_exact(vocab_size).enumerate() {
             let token_id = match self.draw_token(row, logits) {
                 Ok(token_id) => token_id,
@@ -205,7 +195,7 @@ impl Active {
         let place = self.output.tokens();
         let position = self.prompt_tokens[0] + place - 1;
         let is_masked = self.set_mask(row, place)?;
-        let mask = is_masked.then_some(&self.mask);
+        let mask = is_masked.then_some(&self.allowed.mask);
         let drawn = self.sampler.sample(logits, mask, place as u64);
         drawn.map_err(|error| match error {
             SampleError::NotFinite => EngineError::NotFinite { position },
@@ -216,31 +206,32 @@ impl Active {
     /// Sets the mask for the token at `place` of the answer; false: every token may be drawn.
     fn set_mask(&mut self, row: usize, place: usize) -> Result<bool, EngineError> {
         let healing = self.healing.as_ref().filter(|_| place == 0);
-        let constrained = match self.masks.get(row) {
+        let constrained = match self.allowed.masks.get(row) {
             Some(Ok(mask)) => Some(mask),
             Some(Err(error)) => return Err(error.clone().into()),
             None => None,
         };
-        let banned = self.bans.get(&place);
+        let banned = self.allowed.bans.get(&place);
         let keeps_on = place < self.job.min_new_tokens && !self.job.stop_token_ids.is_empty();
         if healing.is_none() && constrained.is_none() && banned.is_none() && !keeps_on {
             return Ok(false);
         }
         match constrained.or(healing) {
-            Some(mask) => self.mask.clone_from(mask),
-            None => self
-                .mask
-                .clone_from(&TokenMask::all(self.mask.vocab_size())),
+            Some(mask) => self.allowed.mask.clone_from(mask),
+            None => {
+                let vocab_size = self.allowed.mask.vocab_size();
+                self.allowed.mask = TokenMask::all(vocab_size);
+            }
         }
         if let (Some(_), Some(healing)) = (constrained, healing) {
-            self.mask.intersect(healing);
+            self.allowed.mask.intersect(healing);
         }
         for &token_id in banned.into_iter().flatten() {
-            self.mask.forbid(token_id);
+            self.allowed.mask.forbid(token_id);
         }
         if keeps_on {
             for &token_id in &self.job.stop_token_ids {
-                self.mask.forbid(token_id);
+                self.allowed.mask.forbid(token_id);
             }
         }
         Ok(true)
@@ -249,8 +240,8 @@ impl Active {
     /// Takes back the answer from its token `first_token` on, which is the start of a banned
     /// string; another token is drawn there next.
     fn rewind(&mut self, first_token: usize) -> Outcome {
-        self.rewinds += 1;
-        if self.rewinds > MOST_REWINDS {
+        self.allowed.rewinds += 1;
+        if self.allowed.rewinds > MOST_REWINDS {
             return Outcome::Fails(EngineError::BannedEverywhere {
                 rewinds: MOST_REWINDS,
             });
@@ -266,8 +257,12 @@ impl Active {
             return Outcome::Fails(error.into());
         }
         // What was banned further on was banned after other tokens.
-        self.bans.retain(|&place, _| place <= first_token);
-        self.bans.entry(first_token).or_default().extend(banned);
+        self.allowed.bans.retain(|&place, _| place <= first_token);
+        self.allowed
+            .bans
+            .entry(first_token)
+            .or_default()
+            .extend(banned);
         Outcome::Rewinds {
             kept_new: first_token,
         }

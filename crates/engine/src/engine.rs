@@ -1,6 +1,6 @@
 //! The engine: jobs in, events out.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
@@ -10,9 +10,9 @@ use oxllama_model::{AdapterId, CacheRequest, Runner, RunnerLimits};
 use oxllama_text::{Tokenizer, VocabularyIndex};
 use serde::Serialize;
 
-use crate::active::{Active, Parts};
+use crate::active::{Active, Allowed, Clock};
 use crate::costs::{LatencyGoal, StepCosts};
-use crate::job::{Job, Speculation};
+use crate::job::{Job, Speculation, Usage};
 use crate::output::Output;
 use crate::pages::{PageHash, PrefixCounters};
 use crate::scheduler::{JobId, Prompt, Request, Scheduler, SchedulerSettings};
@@ -20,7 +20,8 @@ use crate::speculate::DraftLength;
 use crate::stream::{JobStream, Wake, channel};
 use crate::worker::Worker;
 use crate::{
-    ConstraintCompiler, ConstraintError, EngineError, Sampler, SamplerVocabulary, TokenMask,
+    Constraint, ConstraintCompiler, ConstraintError, EngineError, Sampler, SamplerVocabulary,
+    TokenMask,
 };
 
 /// How an engine runs its jobs.
@@ -109,6 +110,16 @@ pub(crate) struct Shared {
     constraints: OnceLock<Result<ConstraintCompiler, ConstraintError>>,
 }
 
+/// What was made of a job before it is queued, for every seed alike.
+#[derive(Clone)]
+struct Prepared {
+    constraint: Option<Constraint>,
+    /// Tokens of the prompt that are not healed.
+    kept_prompt_tokens: usize,
+    /// What the first new token may be.
+    healing: Option<TokenMask>,
+}
+
 /// What waits for the engine's thread.
 pub(crate) struct Inbox {
     pub(crate) commands: Vec<Command>,
@@ -118,10 +129,8 @@ pub(crate) struct Inbox {
     /// Jobs that were submitted and have not ended.
     pub(crate) unfinished: usize,
     pub(crate) limits: SchedulerSettings,
-    /// Where the chains of each adapter's pages begin.
-    adapters: HashMap<AdapterId, PageHash>,
-    /// Adapters loaded so far.
-    adapters_loaded: u64,
+    /// The loaded adapters that new jobs may name.
+    adapters: HashSet<AdapterId>,
     next_job: u64,
 }
 
@@ -217,8 +226,7 @@ impl Engine {
                 unstarted: 0,
                 unfinished: 0,
                 limits: bounds,
-                adapters: HashMap::new(),
-                adapters_loaded: 0,
+                adapters: HashSet::new(),
                 next_job: 0,
             }),
             changed: Condvar::new(),
@@ -251,19 +259,54 @@ impl Engine {
     /// # Errors
     /// The job makes no sense, can never fit, or the queue is full; nothing else is harmed.
     pub fn submit(&self, job: Job) -> Result<JobStream, EngineError> {
-        let shared = &self.shared;
-        self.check(&job)?;
+        let prepared = self.prepare(&job)?;
+        self.queue(job, prepared)
+    }
+
+    /// Queues `count` jobs that differ in their seeds alone: `job.seed`, and others made from
+    /// it. Their prompt is computed once, and so is what their constraint compiles to.
+    ///
+    /// # Errors
+    /// As [`Self::submit`]; none of them runs then.
+    pub fn submit_choices(&self, job: Job, count: usize) -> Result<Vec<JobStream>, EngineError> {
+        let prepared = self.prepare(&job)?;
+        (0..count as u64)
+            .map(|choice| {
+                // The first keeps the seed, so that it is the answer that one job would get.
+                let seed = job.seed ^ choice.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+                let job = Job {
+                    seed,
+                    ..job.clone()
+                };
+                self.queue(job, prepared.clone())
+            })
+            .collect()
+    }
+
+    /// Checks a job and makes what does not depend on its seed.
+    fn prepare(&self, job: &Job) -> Result<Prepared, EngineError> {
+        self.check(job)?;
         let constraint = match &job.constraint {
             Some(spec) => Some(self.compiler()?.compile(spec)?),
             None => None,
         };
-        let (kept_prompt, healing) = self.heal(&job);
-        let healed = job.prompt_ids.get(kept_prompt).copied();
+        let (kept_prompt_tokens, healing) = self.heal(job);
+        Ok(Prepared {
+            constraint,
+            kept_prompt_tokens,
+            healing,
+        })
+    }
+
+    /// Makes the rest of a job, and queues it.
+    fn queue(&self, job: Job, prepared: Prepared) -> Result<JobStream, EngineError> {
+        let shared = &self.shared;
+        let (prompt_ids, healed) = job.prompt_ids.split_at(prepared.kept_prompt_tokens);
         let output = Output::new(
             &shared.tokenizer,
             &job.stop_strings,
             &job.banned_strings,
-            healed,
+            healed.first().copied(),
         )?;
         let mut sampler = Sampler::new(
             job.sampling.clone(),
@@ -271,46 +314,32 @@ impl Engine {
             shared.vocab_size,
             &shared.sampler_vocabulary,
         );
-        let mut prompts = vec![job.prompt_ids[..kept_prompt].to_vec()];
-        prompts[0].iter().for_each(|&id| sampler.observe(id));
+        prompt_ids.iter().for_each(|&id| sampler.observe(id));
+        let mut prompts = vec![prompt_ids.to_vec()];
         if let Some(guidance) = &job.guidance {
             prompts.push(guidance.negative_ids.clone());
         }
         let weak: Weak<Shared> = Arc::downgrade(shared);
         let (events, stream) = channel(weak);
-        let prompt_tokens: Vec<usize> = prompts.iter().map(Vec::len).collect();
-        let draft_length = self.draft_length(&job);
-        let parts = Parts {
+        let active = Active {
             events,
-            prompt_tokens,
+            prompt_tokens: prompts.iter().map(Vec::len).collect(),
             sampler,
             output,
-            constraint,
-            healing,
-            draft_length,
-            vocab_size: shared.vocab_size,
+            constraint: prepared.constraint,
+            healing: prepared.healing,
+            draft_length: self.draft_length(&job),
+            usage: Usage {
+                prompt_tokens: prompt_ids.len(),
+                ..Usage::default()
+            },
+            clock: Clock::start(),
+            told_position: None,
+            allowed: Allowed::everything(shared.vocab_size),
             job,
         };
-        self.enqueue(prompts, Active::new(parts))?;
+        self.enqueue(prompts, active)?;
         Ok(stream)
-    }
-
-    /// Queues `count` jobs that differ in their seeds alone: `job.seed`, and others made from
-    /// it. Their prompt is computed once.
-    ///
-    /// # Errors
-    /// As [`Self::submit`]; none of them runs then.
-    pub fn submit_choices(&self, job: Job, count: usize) -> Result<Vec<JobStream>, EngineError> {
-        (0..count as u64)
-            .map(|choice| {
-                // The first keeps the seed, so that it is the answer that one job would get.
-                let seed = job.seed ^ choice.wrapping_mul(0x9E37_79B9_7F4A_7C15);
-                self.submit(Job {
-                    seed,
-                    ..job.clone()
-                })
-            })
-            .collect()
     }
 
     /// Changes the size or the format of the cache; what it held is forgotten.
@@ -333,11 +362,7 @@ impl Engine {
     ) -> Result<AdapterId, EngineError> {
         let source = Box::new(source);
         let id = self.ask(|reply| Command::LoadAdapter(source, scale, reply))??;
-        let mut inbox = self.shared.lock();
-        // Numbers of adapters come again after unloading, roots never.
-        inbox.adapters_loaded += 1;
-        let root = PageHash::root(&inbox.adapters_loaded.to_le_bytes());
-        inbox.adapters.insert(id, root);
+        self.shared.lock().adapters.insert(id);
         Ok(id)
     }
 
@@ -347,10 +372,10 @@ impl Engine {
     /// It is not loaded, or a job uses it.
     pub fn unload_adapter(&self, id: AdapterId) -> Result<(), EngineError> {
         // From here on no new job can name it.
-        let root = self.shared.lock().adapters.remove(&id);
+        let was_loaded = self.shared.lock().adapters.remove(&id);
         let result = self.ask(|reply| Command::UnloadAdapter(id, reply))?;
-        if let (Err(_), Some(root)) = (&result, root) {
-            self.shared.lock().adapters.insert(id, root);
+        if result.is_err() && was_loaded {
+            self.shared.lock().adapters.insert(id);
         }
         result
     }
@@ -495,10 +520,9 @@ impl Engine {
         }
         let root = match active.job.adapter {
             None => PageHash::root(&[]),
-            Some(id) => match inbox.adapters.get(&id) {
-                Some(&root) => root,
-                None => return Err(EngineError::UnknownAdapter { id: id.get() }),
-            },
+            // Numbers of adapters do not come again after unloading.
+            Some(id) if inbox.adapters.contains(&id) => PageHash::root(&id.get().to_le_bytes()),
+            Some(id) => return Err(EngineError::UnknownAdapter { id: id.get() }),
         };
         let prompts = prompts
             .into_iter()
