@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use oxllama_engine::{Engine, EngineParts, EngineSettings, Speculation};
 use oxllama_format::AdapterSource;
 use oxllama_model::{AdapterId, ModelPlan, PairedModel, Runner, diagnose_draft};
+use oxllama_text::Tokenizer;
 
 use crate::args::{EngineArgs, LoraArg, MOST_CHOICES, ModelArgs, PlacementArgs};
 use crate::jobs::MOST_IN_FLIGHT;
@@ -33,15 +34,23 @@ impl Serving {
         let adapter = engine.lora.as_ref().map(open_adapter).transpose()?;
         let size = step_size(engine, sequences);
         let opened = session::open(&args.model, Some(&args.placement))?;
+        // The diagnosis of a draft needs the tokenizer; without one it is read beside the weights.
+        let mut known_tokenizer = None;
         let draft = match &engine.draft {
-            Some(draft) => Some(open_draft(draft, &opened, &args.placement)?),
+            Some(draft) => {
+                let tokenizer = known_tokenizer.insert(session::tokenizer(&opened.source)?);
+                Some(open_draft(draft, (&opened, tokenizer), &args.placement)?)
+            }
             None => None,
         };
         let host = Host::new(&args.placement)?;
         let placement = &shared_placement(&opened, draft.as_ref(), &host, args, size)?;
         let plan = session::plan(&opened, &host, placement, size)?;
         let (tokenizer, runner) = std::thread::scope(|scope| {
-            let tokenizer = scope.spawn(|| session::tokenizer(&opened.source));
+            let tokenizer = scope.spawn(|| match known_tokenizer {
+                Some(tokenizer) => Ok(tokenizer),
+                None => session::tokenizer(&opened.source),
+            });
             let runner = session::load(&opened, &host, placement, &plan);
             let tokenizer = tokenizer
                 .join()
@@ -94,7 +103,11 @@ fn open_adapter(lora: &LoraArg) -> Result<(AdapterSource, f32)> {
     Ok((AdapterSource::open(&lora.directory)?, lora.scale))
 }
 
-fn open_draft(draft: &str, model: &Opened, placement: &PlacementArgs) -> Result<Opened> {
+fn open_draft(
+    draft: &str,
+    model: (&Opened, &Tokenizer),
+    placement: &PlacementArgs,
+) -> Result<Opened> {
     let opened = session::open(draft, Some(placement)).context("cannot use the draft model")?;
     check_draft(model, &opened)?;
     Ok(opened)
@@ -102,20 +115,16 @@ fn open_draft(draft: &str, model: &Opened, placement: &PlacementArgs) -> Result<
 
 /// Whether the draft model can guess for the model at all, before either is loaded; what speaks
 /// against it is told.
-fn check_draft(model: &Opened, draft: &Opened) -> Result<()> {
-    let tokenizers = (
-        session::tokenizer(&model.source)?,
-        session::tokenizer(&draft.source)?,
-    );
+fn check_draft((model, tokenizer): (&Opened, &Tokenizer), draft: &Opened) -> Result<()> {
     let target = PairedModel {
         source: &model.source,
         spec: &model.spec,
-        tokenizer: &tokenizers.0,
+        tokenizer,
     };
     let draft = PairedModel {
         source: &draft.source,
         spec: &draft.spec,
-        tokenizer: &tokenizers.1,
+        tokenizer: &session::tokenizer(&draft.source)?,
     };
     for warning in diagnose_draft(target, draft)? {
         output::note(format_args!("warning: {warning}"));
