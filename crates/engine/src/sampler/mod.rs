@@ -151,43 +151,52 @@ impl Sampler {
         mask: Option<&TokenMask>,
         step: u64,
     ) -> Result<u32, SampleError> {
-        self.penalties.collect(&self.history);
-        self.dry.search(&self.history, &self.dry_breakers);
-        let mut row = self.row.begin(logits, mask, self.vocab_size)?;
-        adjust(&mut row, &self.settings, &self.penalties, &self.dry);
-
-        let first_ranks = stages::first_ranks(&self.settings).unwrap_or(candidates::FIRST_RANKS);
-        let Some(mut candidates) = Candidates::new(row, &mut self.ranked, first_ranks) else {
-            return Err(self.why_nothing(mask));
-        };
-        if self.settings.is_greedy() {
-            return Ok(candidates.best().token_id);
-        }
-        let mu = self.mu.last().copied();
-        let context = stages::Context {
-            mu: mu.unwrap_or(0.0),
-            xtc_random: uniform(self.seed, Stream::Xtc, step),
-            xtc_ignored: &self.xtc_ignored,
-        };
-        stages::run(&mut candidates, &self.settings, &context);
         let random = uniform(self.seed, Stream::Draw, step);
-        let (drawn, probability) = draw(&mut candidates, random, self.settings.skew);
-        if let Some(mu) = mu {
+        let skew = self.settings.skew;
+        let mut candidates = self.candidates(logits, mask, step)?;
+        let (drawn, probability) = draw(&mut candidates, random, skew);
+        if let Some(mu) = self.mu.last() {
             let surprise_bits = -probability.log2() as f32;
-            let next =
-                mu + self.settings.mirostat_eta * (self.settings.mirostat_tau - surprise_bits);
+            let error = self.settings.mirostat_tau - surprise_bits;
+            let next = mu + self.settings.mirostat_eta * error;
             self.next_mu = Some((self.history.len(), next));
         }
         Ok(drawn)
     }
 
-    /// Why no token is left.
-    fn why_nothing(&self, mask: Option<&TokenMask>) -> SampleError {
-        if mask.is_some() || !self.settings.logit_bias.is_empty() {
-            SampleError::NothingAllowed
-        } else {
-            SampleError::NotFinite
+    /// The distribution that token number `step` is drawn from.
+    fn candidates<'a>(
+        &'a mut self,
+        logits: &'a [f32],
+        mask: Option<&TokenMask>,
+        step: u64,
+    ) -> Result<Candidates<'a>, SampleError> {
+        let settings = &self.settings;
+        self.penalties.collect(&self.history);
+        self.dry.search(&self.history, &self.dry_breakers);
+        let mut row = self.row.begin(logits, mask, self.vocab_size)?;
+        adjust(&mut row, settings, &self.penalties, &self.dry);
+
+        let first_ranks = stages::first_ranks(settings).unwrap_or(candidates::FIRST_RANKS);
+        let Some(mut candidates) = Candidates::new(row, &mut self.ranked, first_ranks) else {
+            let may_forbid = mask.is_some() || !settings.logit_bias.is_empty();
+            return Err(if may_forbid {
+                SampleError::NothingAllowed
+            } else {
+                SampleError::NotFinite
+            });
+        };
+        if settings.is_greedy() {
+            candidates.keep(1);
+            return Ok(candidates);
         }
+        let context = stages::Context {
+            mu: self.mu.last().copied().unwrap_or_default(),
+            xtc_random: uniform(self.seed, Stream::Xtc, step),
+            xtc_ignored: &self.xtc_ignored,
+        };
+        stages::run(&mut candidates, settings, &context);
+        Ok(candidates)
     }
 }
 
