@@ -77,17 +77,17 @@ fn plain() -> SamplingSettings {
     }
 }
 
-#[divan::bench]
+#[divan::bench(sample_count = 1000)]
 fn greedy(bencher: Bencher<'_, '_>) {
     bench(bencher, SamplingSettings::greedy(), None);
 }
 
-#[divan::bench]
+#[divan::bench(sample_count = 1000)]
 fn defaults_with_repetition_penalty(bencher: Bencher<'_, '_>) {
     bench(bencher, SamplingSettings::default(), None);
 }
 
-#[divan::bench]
+#[divan::bench(sample_count = 1000)]
 fn defaults_with_all_penalties(bencher: Bencher<'_, '_>) {
     let settings = SamplingSettings {
         frequency_penalty: 0.2,
@@ -97,7 +97,7 @@ fn defaults_with_all_penalties(bencher: Bencher<'_, '_>) {
     bench(bencher, settings, None);
 }
 
-#[divan::bench]
+#[divan::bench(sample_count = 1000)]
 fn defaults_with_decaying_penalties(bencher: Bencher<'_, '_>) {
     let settings = SamplingSettings {
         frequency_penalty: 0.2,
@@ -108,7 +108,7 @@ fn defaults_with_decaying_penalties(bencher: Bencher<'_, '_>) {
     bench(bencher, settings, None);
 }
 
-#[divan::bench]
+#[divan::bench(sample_count = 1000)]
 fn defaults_with_dry(bencher: Bencher<'_, '_>) {
     let settings = SamplingSettings {
         dry_multiplier: 0.8,
@@ -117,7 +117,7 @@ fn defaults_with_dry(bencher: Bencher<'_, '_>) {
     bench(bencher, settings, None);
 }
 
-#[divan::bench]
+#[divan::bench(sample_count = 1000)]
 fn defaults_with_half_the_tokens_masked(bencher: Bencher<'_, '_>) {
     let mut mask = TokenMask::all(VOCAB_SIZE);
     let mut random = Random(2);
@@ -129,7 +129,7 @@ fn defaults_with_half_the_tokens_masked(bencher: Bencher<'_, '_>) {
     bench(bencher, SamplingSettings::default(), Some(&mask));
 }
 
-#[divan::bench]
+#[divan::bench(sample_count = 1000)]
 fn min_p_alone(bencher: Bencher<'_, '_>) {
     let settings = SamplingSettings {
         min_p: 0.05,
@@ -138,7 +138,7 @@ fn min_p_alone(bencher: Bencher<'_, '_>) {
     bench(bencher, settings, None);
 }
 
-#[divan::bench]
+#[divan::bench(sample_count = 1000)]
 fn top_p_alone(bencher: Bencher<'_, '_>) {
     let settings = SamplingSettings {
         top_p: 0.95,
@@ -147,12 +147,12 @@ fn top_p_alone(bencher: Bencher<'_, '_>) {
     bench(bencher, settings, None);
 }
 
-#[divan::bench]
+#[divan::bench(sample_count = 1000)]
 fn temperature_alone(bencher: Bencher<'_, '_>) {
     bench(bencher, plain(), None);
 }
 
-#[divan::bench]
+#[divan::bench(sample_count = 1000)]
 fn high_temperature_alone(bencher: Bencher<'_, '_>) {
     let settings = SamplingSettings {
         temperature: 10.0,
@@ -161,7 +161,7 @@ fn high_temperature_alone(bencher: Bencher<'_, '_>) {
     bench(bencher, settings, None);
 }
 
-#[divan::bench]
+#[divan::bench(sample_count = 1000)]
 fn logprobs_of_the_best_20(bencher: Bencher<'_, '_>) {
     let row = logits(&mut Random(1));
     bencher.bench_local(|| token_logprobs(&row, 17, 20));

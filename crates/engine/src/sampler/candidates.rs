@@ -1,7 +1,9 @@
 //! The distribution that the stages reshape and cut.
 
-use super::numbers::{self, BLOCK, LEAST_EXPONENT};
-use super::row::{Candidate, Row};
+use std::ops::ControlFlow;
+
+use super::numbers::{self, BLOCK};
+use super::row::{Candidate, Part, Row};
 
 /// How many tokens are ranked at first where nothing says how many are needed.
 pub(super) const FIRST_RANKS: usize = 64;
@@ -43,15 +45,6 @@ impl Curve {
     }
 }
 
-/// Sums over a distribution, with weights relative to the most likely token's.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Mass {
-    /// The sum of the weights.
-    pub(super) total: f64,
-    /// The entropy, in nats.
-    pub(super) entropy: f64,
-}
-
 /// How far log weights lie from the largest, which is 0.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Spread {
@@ -65,7 +58,7 @@ impl<'a> Candidates<'a> {
     /// All tokens of `row` that can be drawn, of which `first_ranks` are ranked at once; `None`
     /// if there are none.
     pub(super) fn new(
-        row: Row<'a>,
+        mut row: Row<'a>,
         ranked: &'a mut Vec<Candidate>,
         first_ranks: usize,
     ) -> Option<Self> {
@@ -103,6 +96,13 @@ impl<'a> Candidates<'a> {
             }
         }
         self.ranked.get(rank).copied()
+    }
+
+    /// Ranks all there are.
+    pub(super) fn rank_all(&mut self) {
+        while self.is_open {
+            self.get(self.ranked.len());
+        }
     }
 
     /// The logarithm of a candidate's weight; the best one's is 0.
@@ -167,30 +167,31 @@ impl<'a> Candidates<'a> {
         };
     }
 
-    /// Sums over all candidates.
-    pub(super) fn mass(&self) -> Mass {
-        let (mut total, mut weighted) = (0.0, 0.0);
+    /// The sum of all weights.
+    pub(super) fn total(&self) -> f64 {
+        let mut total: f64 = self.ranked.iter().map(|ranked| self.weight(*ranked)).sum();
+        self.try_each_open_part(|log_weights, _| {
+            total += numbers::mass(log_weights);
+            ControlFlow::Continue(())
+        });
+        total
+    }
+
+    /// The entropy in nats, given [`Self::total`].
+    pub(super) fn entropy(&self, total: f64) -> f64 {
+        let mut weighted = 0.0;
         for candidate in &*self.ranked {
             let log_weight = self.log_weight(*candidate);
             let weight = log_weight.exp();
             if weight > 0.0 {
-                total += weight;
                 weighted += weight * log_weight;
             }
         }
-        if self.is_open {
-            self.for_each_open_block(|bound, log_weights| {
-                if bound > LEAST_EXPONENT {
-                    let sums = numbers::mass_and_weighted(log_weights);
-                    total += sums.0;
-                    weighted += sums.1;
-                }
-            });
-        }
-        Mass {
-            total,
-            entropy: total.ln() - weighted / total,
-        }
+        self.try_each_open_part(|log_weights, _| {
+            weighted += numbers::weighted_sum(log_weights);
+            ControlFlow::Continue(())
+        });
+        total.ln() - weighted / total
     }
 
     /// How many candidates there are, and how far they lie apart.
@@ -204,15 +205,14 @@ impl<'a> Candidates<'a> {
         for candidate in &*self.ranked {
             add(self.log_weight(*candidate));
         }
-        if self.is_open {
-            self.for_each_open_block(|_, log_weights| {
-                for log_weight in log_weights {
-                    if *log_weight > f32::NEG_INFINITY {
-                        add(f64::from(*log_weight));
-                    }
+        self.try_each_open_part(|log_weights, _| {
+            for log_weight in log_weights {
+                if *log_weight > f32::NEG_INFINITY {
+                    add(f64::from(*log_weight));
                 }
-            });
-        }
+            }
+            ControlFlow::Continue(())
+        });
         let mean = sum / count as f64;
         let variance = squares / count as f64 - mean * mean;
         Spread {
@@ -221,28 +221,67 @@ impl<'a> Candidates<'a> {
         }
     }
 
-    /// Calls `visit` with the log weights of what is not ranked, and a bound on each block.
-    fn for_each_open_block(&self, mut visit: impl FnMut(f32, &[f32; BLOCK])) {
+    /// The candidate at which the summed weights pass `target`, the most likely ones first and
+    /// those that are not ranked after them in the order of their ids; and its weight.
+    pub(super) fn at_mass(&self, target: f64) -> (Candidate, f64) {
+        let mut reached = 0.0;
+        // Rounding may leave the target at the very end; what has no weight is not drawn for
+        // that.
+        let mut chosen = (self.best(), 1.0);
+        for candidate in &*self.ranked {
+            let weight = self.weight(*candidate);
+            if weight > 0.0 {
+                chosen = (*candidate, weight);
+                reached += weight;
+            }
+            if target < reached {
+                return chosen;
+            }
+        }
+        self.try_each_open_part(|log_weights, part| {
+            let mass = numbers::mass(log_weights);
+            if target >= reached + mass {
+                reached += mass;
+                return ControlFlow::Continue(());
+            }
+            for (place, log_weight) in log_weights.iter().enumerate() {
+                let weight = f64::from(numbers::exp(*log_weight));
+                if weight > 0.0 {
+                    chosen = (part.candidate(place), weight);
+                    reached += weight;
+                }
+                if target < reached {
+                    break;
+                }
+            }
+            ControlFlow::Break(())
+        });
+        chosen
+    }
+
+    /// Calls `visit` with the log weights of what is not ranked, and the tokens, until it breaks
+    /// off.
+    fn try_each_open_part(
+        &self,
+        mut visit: impl FnMut(&[f32; BLOCK], &Part<'_>) -> ControlFlow<()>,
+    ) {
+        if !self.is_open {
+            return;
+        }
         let Curve {
             center,
             scale,
             is_squared,
         } = self.curve;
         let best = self.curve.at(self.best().logit) as f32;
-        self.row
-            .for_each_block_below(self.frontier, |bound, logits| {
-                let mut log_weights = [0.0; BLOCK];
-                if is_squared {
-                    for (log_weight, logit) in log_weights.iter_mut().zip(logits) {
-                        let distance = logit - center;
-                        *log_weight = -scale * distance * distance - best;
-                    }
-                } else {
-                    for (log_weight, logit) in log_weights.iter_mut().zip(logits) {
-                        *log_weight = scale * (logit - center) - best;
-                    }
-                }
-                visit((self.curve.at(bound) as f32) - best, &log_weights);
-            });
+        self.row.try_each_block_below(self.frontier, |part| {
+            let log_weights = if is_squared {
+                part.logits
+                    .map(|logit| -scale * (logit - center) * (logit - center) - best)
+            } else {
+                part.logits.map(|logit| scale * (logit - center) - best)
+            };
+            visit(&log_weights, &part)
+        });
     }
 }

@@ -15,7 +15,7 @@ pub fn token_logprobs(logits: &[f32], token_id: u32, top: usize) -> TokenLogprob
     let own = logits.get(token_id as usize).copied();
     let mut ranked = Vec::new();
     let mut scratch = RowScratch::default();
-    if let Ok(row) = scratch.begin(logits, None, logits.len()) {
+    if let Ok(mut row) = scratch.begin(logits, None, logits.len()) {
         row.rank(None, top.min(logits.len()), &mut ranked);
     }
     TokenLogprob {

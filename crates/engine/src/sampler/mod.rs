@@ -116,15 +116,12 @@ impl Sampler {
             self.mu.push(moved.map_or(mu, |(_, mu)| mu));
         }
         self.history.push(token_id);
-        self.penalties.observe(&self.history);
     }
 
     /// Goes back to where the history had its first `length` tokens.
     pub fn truncate(&mut self, length: usize) {
-        while self.history.len() > length {
-            self.penalties.rewind(&self.history);
-            self.history.pop();
-        }
+        self.penalties.truncate(&self.history, length);
+        self.history.truncate(length);
         self.mu.truncate(self.history.len() + 1);
         self.next_mu = None;
     }
@@ -224,24 +221,13 @@ fn adjust(row: &mut Row<'_>, settings: &SamplingSettings, penalties: &Penalties,
 
 /// Draws by `random` in 0..1, and returns the token with its probability among the candidates.
 fn draw(candidates: &mut Candidates<'_>, random: f64, skew: f32) -> (u32, f64) {
-    let total = candidates.mass().total;
-    let random = if skew == 0.0 {
-        random
-    } else {
-        random.powf(f64::from(-skew).exp())
-    };
-    let target = random * total;
-    let (mut drawn, mut weight) = (candidates.best(), 1.0);
-    let mut reached = weight;
-    let mut rank = 1;
-    // Rounding may leave the target at the very end; what has no weight is not drawn for that.
-    while target >= reached
-        && let Some(candidate) = candidates.get(rank)
-        && candidates.weight(candidate) > 0.0
-    {
-        (drawn, weight) = (candidate, candidates.weight(candidate));
-        reached += weight;
-        rank += 1;
+    let total = candidates.total();
+    let mut random = random;
+    if skew != 0.0 {
+        // Which tokens count as unlikely is a matter of their order.
+        candidates.rank_all();
+        random = random.powf(f64::from(-skew).exp());
     }
+    let (drawn, weight) = candidates.at_mass(random * total);
     (drawn.token_id, weight / total)
 }

@@ -6,27 +6,62 @@ pub(super) const BLOCK: usize = 32;
 /// A block; places without a token hold negative infinity.
 pub(super) type Block = [f32; BLOCK];
 
-const LANES: usize = 8;
+/// Values that vector code takes at once, on the machines that matter.
+pub(super) const LANES: usize = 8;
 
-/// The largest value (negative infinity if there is none), and whether any value is NaN or
-/// positive infinity.
-pub(super) fn highest(block: &Block) -> (f32, bool) {
-    let mut highest = [f32::NEG_INFINITY; LANES];
-    let mut is_number = [1u32; LANES];
-    for values in block.as_chunks::<LANES>().0 {
+/// Tokens that are looked at together first: [`LANES`] groups of [`BLOCK`] tokens, in turns.
+pub(super) const SPAN: usize = LANES * BLOCK;
+
+/// A span; places without a token hold negative infinity.
+pub(super) type Span = [f32; SPAN];
+
+/// The larger one; unlike `f32::max` it is a single instruction.
+#[inline(always)]
+pub(super) fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+/// The largest value of each group, and whether the span is suspicious: surely if any value is
+/// NaN or positive infinity, in which case the largest means nothing, and perhaps if there are
+/// huge values.
+#[inline]
+pub(super) fn highest(span: &Span) -> ([f32; LANES], bool) {
+    let mut largest = [f32::NEG_INFINITY; LANES];
+    let mut sums = [0.0; LANES];
+    for values in span.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
-            let value = values[lane];
-            highest[lane] = if value > highest[lane] {
-                value
-            } else {
-                highest[lane]
-            };
-            // False for NaN as well.
-            is_number[lane] &= u32::from(value < f32::INFINITY);
+            largest[lane] = larger(values[lane], largest[lane]);
+            sums[lane] += values[lane];
         }
     }
-    let highest = highest.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    (highest, is_number.contains(&0))
+    // A sum is NaN for NaN, and for infinities of both signs.
+    let sum: f32 = sums.into_iter().sum();
+    (largest, sum.is_nan() || sum == f32::INFINITY)
+}
+
+/// Whether any value is NaN or positive infinity.
+pub(super) fn has_fault(span: &Span) -> bool {
+    span.iter().any(|x| x.is_nan() || *x == f32::INFINITY)
+}
+
+/// The block with negative infinity where `word` has no bit.
+pub(super) fn masked(block: &Block, word: u32) -> Block {
+    const BITS: [u32; BLOCK] = {
+        let mut bits = [0; BLOCK];
+        let mut place = 0;
+        while place < BLOCK {
+            bits[place] = 1 << place;
+            place += 1;
+        }
+        bits
+    };
+    let mut masked = *block;
+    for place in 0..BLOCK {
+        if word & BITS[place] == 0 {
+            masked[place] = f32::NEG_INFINITY;
+        }
+    }
+    masked
 }
 
 /// Below this, [`exp`] gives 0: less than the smallest normal f32.
@@ -43,11 +78,7 @@ pub(super) fn exp(x: f32) -> f32 {
     /// ln 2 in two parts: multiples of the first below 2^9 are exact.
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
-    let clamped = if x > LEAST_EXPONENT {
-        x
-    } else {
-        LEAST_EXPONENT
-    };
+    let clamped = larger(x, LEAST_EXPONENT);
     let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
     let whole = shifted - ROUND;
     let rest = clamped - whole * LN_2_HIGH - whole * LN_2_LOW;
@@ -78,51 +109,51 @@ fn sum(values: &Block) -> f64 {
     lanes.into_iter().map(f64::from).sum()
 }
 
-/// The sums of e^x and of x e^x over a block of x up to 0.
-pub(super) fn mass_and_weighted(x: &Block) -> (f64, f64) {
-    let mut weights = [0.0; BLOCK];
-    let mut weighted = [0.0; BLOCK];
-    for i in 0..BLOCK {
-        let clamped = if x[i] > LEAST_EXPONENT {
-            x[i]
-        } else {
-            LEAST_EXPONENT
-        };
-        weights[i] = exp(x[i]);
-        weighted[i] = weights[i] * clamped;
-    }
-    (sum(&weights), sum(&weighted))
+/// The sum of x e^x over a block of x up to 0.
+pub(super) fn weighted_sum(x: &Block) -> f64 {
+    sum(&x.map(|x| exp(x) * larger(x, LEAST_EXPONENT)))
+}
+
+/// The sum of e^x over a block of x up to 0.
+pub(super) fn mass(x: &Block) -> f64 {
+    sum(&x.map(exp))
 }
 
 /// ln of the sum of e^l over `logits`; negative infinity if there are none.
 pub(super) fn log_sum_exp(logits: &[f32]) -> f64 {
-    let mut largest = f32::NEG_INFINITY;
-    for_each_block(logits, |_, block| largest = largest.max(highest(block).0));
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, larger);
     if largest == f32::NEG_INFINITY {
         return f64::NEG_INFINITY;
     }
-    let mut mass = 0.0;
-    for_each_block(logits, |_, block| {
-        let mut weights = [0.0; BLOCK];
-        for i in 0..BLOCK {
-            weights[i] = exp(block[i] - largest);
-        }
-        mass += sum(&weights);
+    let mut total = 0.0;
+    for_each_chunk(logits, |_, block: &Block| {
+        total += mass(&block.map(|logit| logit - largest));
     });
-    f64::from(largest) + mass.ln()
+    f64::from(largest) + total.ln()
 }
 
-/// Calls `visit` with each block's number and values.
-pub(super) fn for_each_block(logits: &[f32], mut visit: impl FnMut(usize, &Block)) {
-    let (blocks, rest) = logits.as_chunks::<BLOCK>();
-    for (index, block) in blocks.iter().enumerate() {
-        visit(index, block);
+/// Calls `visit` with the number and the values of each `SIZE` values; the last are filled up
+/// with negative infinity.
+pub(super) fn for_each_chunk<const SIZE: usize>(
+    values: &[f32],
+    mut visit: impl FnMut(usize, &[f32; SIZE]),
+) {
+    let (chunks, rest) = values.as_chunks::<SIZE>();
+    for (index, chunk) in chunks.iter().enumerate() {
+        visit(index, chunk);
     }
     if !rest.is_empty() {
-        let mut last = [f32::NEG_INFINITY; BLOCK];
-        last[..rest.len()].copy_from_slice(rest);
-        visit(blocks.len(), &last);
+        visit(chunks.len(), &filled_up(rest));
     }
+}
+
+/// The first `SIZE` values, filled up with negative infinity.
+pub(super) fn filled_up<const SIZE: usize>(values: &[f32]) -> [f32; SIZE] {
+    values.first_chunk().copied().unwrap_or_else(|| {
+        let mut filled = [f32::NEG_INFINITY; SIZE];
+        filled[..values.len()].copy_from_slice(values);
+        filled
+    })
 }
 
 #[cfg(test)]
@@ -147,15 +178,28 @@ mod tests {
 
     #[test]
     fn faults_are_seen_in_every_place() {
-        for place in 0..BLOCK {
+        const NOTHING: Span = [f32::NEG_INFINITY; SPAN];
+        assert_eq!(highest(&NOTHING), ([f32::NEG_INFINITY; LANES], false));
+        for place in 0..SPAN {
+            let mut span = NOTHING;
+            span[place] = 3.0;
+            let mut largest = [f32::NEG_INFINITY; LANES];
+            largest[place % LANES] = 3.0;
+            assert_eq!(highest(&span), (largest, false));
             for value in [f32::NAN, f32::INFINITY] {
-                let mut block = [f32::NEG_INFINITY; BLOCK];
-                assert_eq!(highest(&block), (f32::NEG_INFINITY, false));
-                block[place] = 3.0;
-                assert_eq!(highest(&block), (3.0, false));
-                block[place] = value;
-                assert!(highest(&block).1);
+                span[place] = value;
+                assert!(highest(&span).1 && has_fault(&span));
             }
+        }
+        assert!(highest(&[f32::MAX; SPAN]).1 && !has_fault(&[f32::MAX; SPAN]));
+    }
+
+    #[test]
+    fn masks_forbid_by_their_bits() {
+        for place in 0..BLOCK {
+            let forbidden = masked(&[1.0; BLOCK], !(1 << place));
+            let expected = |at| if at == place { f32::NEG_INFINITY } else { 1.0 };
+            assert_eq!(forbidden, std::array::from_fn(expected));
         }
     }
 

@@ -1,7 +1,5 @@
 //! Repetition, frequency and presence penalties.
 
-use std::collections::BTreeMap;
-
 use crate::SamplingSettings;
 
 /// Counts what occurred, so that the work for a token is in the number of different tokens, not
@@ -15,11 +13,12 @@ pub(super) struct Penalties {
     range_tokens: usize,
     /// The tokens before those over which it falls off.
     decay_tokens: usize,
-    /// How often each token occurs within the range. Kept only where there is no decay.
-    counts: BTreeMap<u32, u32>,
-    /// What occurs, in order of ids: made by [`Self::collect`].
+    /// What occurs, in order of ids.
     occurrences: Vec<Occurrence>,
-    /// Scratch: tokens within range and decay, with their distance from the end.
+    /// Of how many tokens of the history `occurrences` tells. Kept up only without decay, where
+    /// one token more changes little.
+    counted_tokens: usize,
+    /// Scratch: tokens with their distance from the end.
     distances: Vec<(u32, u32)>,
 }
 
@@ -47,78 +46,88 @@ impl Penalties {
             decay_tokens: settings
                 .repetition_range
                 .map_or(0, |_| settings.repetition_decay as usize),
-            counts: BTreeMap::new(),
             occurrences: Vec::new(),
+            counted_tokens: 0,
             distances: Vec::new(),
         }
     }
 
-    fn is_off(&self) -> bool {
-        self.repetition == 1.0 && self.frequency == 0.0 && self.presence == 0.0
-    }
-
-    fn keeps_counts(&self) -> bool {
-        self.decay_tokens == 0 && !self.is_off()
-    }
-
-    /// Notes the last token of `history`.
-    pub(super) fn observe(&mut self, history: &[u32]) {
-        let Some((newest, earlier)) = history.split_last() else {
+    /// Prepares for the history to go back to its first `length` tokens.
+    pub(super) fn truncate(&mut self, history: &[u32], length: usize) {
+        if self.counted_tokens <= length {
             return;
-        };
-        if self.keeps_counts() {
-            *self.counts.entry(*newest).or_default() += 1;
-            if let Some(left) = earlier.len().checked_sub(self.range_tokens) {
-                self.forget(history[left]);
-            }
         }
-    }
-
-    /// Takes back the last token of `history`.
-    pub(super) fn rewind(&mut self, history: &[u32]) {
-        let Some((newest, earlier)) = history.split_last() else {
-            return;
-        };
-        if self.keeps_counts() {
-            if let Some(left) = earlier.len().checked_sub(self.range_tokens) {
-                *self.counts.entry(history[left]).or_default() += 1;
+        if self.is_worth_following(self.counted_tokens - length) {
+            for end in (length..self.counted_tokens).rev() {
+                if let Some(left) = end.checked_sub(self.range_tokens) {
+                    self.add(history[left]);
+                }
+                self.remove(history[end]);
             }
-            self.forget(*newest);
-        }
-    }
-
-    fn forget(&mut self, token_id: u32) {
-        if let Some(count) = self.counts.get_mut(&token_id) {
-            *count -= 1;
-            if *count == 0 {
-                self.counts.remove(&token_id);
-            }
+            self.counted_tokens = length;
+        } else {
+            self.counted_tokens = 0;
         }
     }
 
     /// Lists what occurs in `history`, for [`Self::occurrences`] and [`Self::apply`].
     pub(super) fn collect(&mut self, history: &[u32]) {
-        self.occurrences.clear();
-        if self.is_off() {
+        if self.repetition == 1.0 && self.frequency == 0.0 && self.presence == 0.0 {
             return;
         }
-        if self.decay_tokens == 0 {
-            let occurrences = self.counts.iter().map(|(&token_id, &count)| Occurrence {
-                token_id,
-                strongest: 1.0,
-                total: count as f32,
-            });
-            self.occurrences.extend(occurrences);
-            return;
+        if self.is_worth_following(history.len() - self.counted_tokens) {
+            for end in self.counted_tokens..history.len() {
+                self.add(history[end]);
+                if let Some(left) = end.checked_sub(self.range_tokens) {
+                    self.remove(history[left]);
+                }
+            }
+        } else {
+            self.count_all(history);
         }
+        self.counted_tokens = history.len();
+    }
+
+    /// Whether so many tokens are sooner added or removed than all counted again.
+    fn is_worth_following(&self, tokens: usize) -> bool {
+        self.decay_tokens == 0 && self.counted_tokens > 0 && tokens <= 64
+    }
+
+    fn add(&mut self, token_id: u32) {
+        match self.find(token_id) {
+            Ok(index) => self.occurrences[index].total += 1.0,
+            Err(index) => {
+                let occurrence = Occurrence {
+                    token_id,
+                    strongest: 1.0,
+                    total: 1.0,
+                };
+                self.occurrences.insert(index, occurrence);
+            }
+        }
+    }
+
+    fn remove(&mut self, token_id: u32) {
+        if let Ok(index) = self.find(token_id) {
+            self.occurrences[index].total -= 1.0;
+            if self.occurrences[index].total == 0.0 {
+                self.occurrences.remove(index);
+            }
+        }
+    }
+
+    fn count_all(&mut self, history: &[u32]) {
         let looked_at = self.range_tokens.saturating_add(self.decay_tokens);
         self.distances.clear();
         let newest_first = history.iter().rev().take(looked_at);
         self.distances.extend(newest_first.copied().zip(0u32..));
         self.distances.sort_unstable();
+        self.occurrences.clear();
         for &(token_id, distance) in &self.distances {
-            let faded = (distance as usize).saturating_sub(self.range_tokens);
-            let share = 1.0 - faded as f32 / self.decay_tokens as f32;
+            let share = match (distance as usize).checked_sub(self.range_tokens) {
+                Some(faded) => 1.0 - faded as f32 / self.decay_tokens as f32,
+                None => 1.0,
+            };
             match self.occurrences.last_mut() {
                 Some(last) if last.token_id == token_id => last.total += share,
                 _ => self.occurrences.push(Occurrence {
@@ -130,6 +139,11 @@ impl Penalties {
         }
     }
 
+    fn find(&self, token_id: u32) -> Result<usize, usize> {
+        self.occurrences
+            .binary_search_by_key(&token_id, |occurrence| occurrence.token_id)
+    }
+
     /// What occurred, in order of ids.
     pub(super) fn occurrences(&self) -> &[Occurrence] {
         &self.occurrences
@@ -137,26 +151,22 @@ impl Penalties {
 
     /// The logit of a token after penalties, whether it occurred or not.
     pub(super) fn apply(&self, token_id: u32, logit: f32) -> f32 {
-        let found = self
-            .occurrences
-            .binary_search_by_key(&token_id, |occurrence| occurrence.token_id);
-        match found {
+        match self.find(token_id) {
             Ok(index) => self.apply_to(self.occurrences[index], logit),
             Err(_) => logit,
         }
     }
 
     /// The logit of a token that occurred after penalties.
+    #[inline]
     pub(super) fn apply_to(&self, occurrence: Occurrence, logit: f32) -> f32 {
         let Occurrence {
             strongest, total, ..
         } = occurrence;
         let repetition = self.repetition + (1.0 - self.repetition) * (1.0 - strongest);
-        let weakened = if logit > 0.0 {
-            logit / repetition
-        } else {
-            logit * repetition
-        };
+        let inverse = 1.0 / repetition;
+        // A factor to choose, not a way to go: signs are hard to predict.
+        let weakened = logit * if logit > 0.0 { inverse } else { repetition };
         weakened - self.presence * strongest - self.frequency * total
     }
 }

@@ -75,7 +75,8 @@ fn dynamic_temperature(candidates: &mut Candidates<'_>, settings: &SamplingSetti
         if count < 2 {
             return;
         }
-        let evenness = (candidates.mass().entropy / (count as f64).ln()).clamp(0.0, 1.0);
+        let entropy = candidates.entropy(candidates.total());
+        let evenness = (entropy / (count as f64).ln()).clamp(0.0, 1.0);
         let bent = evenness.powf(f64::from(settings.temp_exponent)) as f32;
         // No entropy and a lowest temperature of 0 would divide by 0.
         candidates.heat((low + (high - low) * bent).max(GREEDY_TEMPERATURE));
@@ -94,7 +95,7 @@ fn top_n_sigma(candidates: &mut Candidates<'_>, deviations: f32) {
 /// Keeps the smallest set of most likely tokens that has the share `top_p`.
 fn top_p(candidates: &mut Candidates<'_>, top_p: f32) {
     if cuts(top_p) {
-        let wanted = candidates.mass().total * f64::from(top_p);
+        let wanted = candidates.total() * f64::from(top_p);
         let mut reached = 1.0;
         candidates.keep_while(|candidates, next| {
             let goes_on = reached < wanted;
@@ -107,7 +108,7 @@ fn top_p(candidates: &mut Candidates<'_>, top_p: f32) {
 /// Keeps p >= `top_a` * (best p)^2; in weights, where the best is 1, w >= `top_a` / total.
 fn top_a(candidates: &mut Candidates<'_>, top_a: f32) {
     if top_a > 0.0 {
-        let least = f64::from(top_a) / candidates.mass().total;
+        let least = f64::from(top_a) / candidates.total();
         candidates.keep_while(|candidates, next| candidates.weight(next) >= least);
     }
 }
@@ -127,7 +128,7 @@ fn tail_free(candidates: &mut Candidates<'_>, share: f32) {
     if !cuts(share) {
         return;
     }
-    let total = candidates.mass().total;
+    let total = candidates.total();
     candidates.keep_while(|candidates, next| candidates.weight(next) >= LEAST_PROBABILITY * total);
     let mut curvature = |rank| {
         let first = candidates.get(rank)?;
@@ -161,10 +162,11 @@ fn typical(candidates: &mut Candidates<'_>, share: f32) {
     if !cuts(share) {
         return;
     }
-    let mass = candidates.mass();
-    let wanted = mass.total * f64::from(share);
+    let total = candidates.total();
+    let entropy = candidates.entropy(total);
+    let wanted = total * f64::from(share);
     let above_entropy = |candidates: &Candidates<'_>, candidate| {
-        mass.total.ln() - candidates.log_weight(candidate) - mass.entropy
+        total.ln() - candidates.log_weight(candidate) - entropy
     };
     let mut first = 0;
     while let Some(candidate) = candidates.get(first)
@@ -199,13 +201,13 @@ fn typical(candidates: &mut Candidates<'_>, share: f32) {
 
 /// Mirostat's cut: keeps tokens with a surprise of at most `mu` bits.
 fn mirostat(candidates: &mut Candidates<'_>, mu: f32) {
-    let least = candidates.mass().total * (-f64::from(mu)).exp2();
+    let least = candidates.total() * (-f64::from(mu)).exp2();
     candidates.keep_while(|candidates, next| candidates.weight(next) >= least);
 }
 
 /// XTC: of the tokens with at least the probability `threshold`, all but the least likely go.
 fn exclude_top_choices(candidates: &mut Candidates<'_>, threshold: f32, ignored: &TokenMask) {
-    let least = candidates.mass().total * f64::from(threshold);
+    let least = candidates.total() * f64::from(threshold);
     let mut last_choice = 0;
     let mut rank = 0;
     while let Some(candidate) = candidates.get(rank)

@@ -45,7 +45,7 @@ fn distribution(
     step: u64,
 ) -> Vec<f64> {
     let mut candidates = sampler.candidates(logits, mask, step).unwrap();
-    let total = candidates.mass().total;
+    let total = candidates.total();
     let mut distribution = vec![0.0; logits.len()];
     let mut rank = 0;
     while let Some(candidate) = candidates.get(rank) {
