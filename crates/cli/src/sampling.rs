@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 use oxllama_engine::SamplingSettings;
 use oxllama_text::StopMatcher;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 /// How tokens are drawn. Defaults: generation_config.json's, else ExLlamaV2's.
 #[derive(Debug, Args)]
@@ -187,6 +187,9 @@ pub(crate) fn settings(
     for (name, value) in others(&args.distribution, &args.penalties) {
         settings.set(name, &value)?;
     }
+    settings
+        .logit_bias
+        .extend(args.penalties.logit_bias.iter().copied());
     settings.check()?;
     Ok(settings)
 }
@@ -222,23 +225,13 @@ fn numbers(
 }
 
 /// The rest by their names in the settings; what was not given is null.
-fn others(distribution: &DistributionArgs, penalties: &PenaltyArgs) -> [(&'static str, Value); 10] {
+fn others(distribution: &DistributionArgs, penalties: &PenaltyArgs) -> [(&'static str, Value); 9] {
     let flag = |is_set: bool| {
         if is_set {
             Value::Bool(true)
         } else {
             Value::Null
         }
-    };
-    let bias: Map<String, Value> = penalties
-        .logit_bias
-        .iter()
-        .map(|(id, bias)| (id.to_string(), Value::from(*bias)))
-        .collect();
-    let bias = if bias.is_empty() {
-        Value::Null
-    } else {
-        Value::Object(bias)
     };
     [
         ("top_k", Value::from(distribution.top_k)),
@@ -250,7 +243,6 @@ fn others(distribution: &DistributionArgs, penalties: &PenaltyArgs) -> [(&'stati
         ),
         ("repetition_range", Value::from(penalties.repetition_range)),
         ("repetition_decay", Value::from(penalties.repetition_decay)),
-        ("logit_bias", bias),
         (
             "dry_allowed_length",
             Value::from(penalties.dry_allowed_length),
@@ -272,4 +264,128 @@ pub(crate) fn seed(args: &SamplingArgs) -> u64 {
     use std::hash::{BuildHasher, RandomState};
     args.seed
         .unwrap_or_else(|| RandomState::new().hash_one(std::process::id()))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Parser, error::ErrorKind};
+    use oxllama_engine::Stage;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        sampling: SamplingArgs,
+    }
+
+    fn parse(arguments: &[&str]) -> SamplingArgs {
+        let line = Line::try_parse_from([&["oxllama"], arguments].concat());
+        line.unwrap_or_else(|error| panic!("{error}")).sampling
+    }
+
+    #[test]
+    fn every_option_reaches_its_setting() {
+        let numbers = [
+            ("--temperature", "temperature"),
+            ("--top-p", "top_p"),
+            ("--min-p", "min_p"),
+            ("--top-a", "top_a"),
+            ("--typical", "typical"),
+            ("--tfs", "tfs"),
+            ("--top-n-sigma", "top_n_sigma"),
+            ("--skew", "skew"),
+            ("--smoothing-factor", "smoothing_factor"),
+            ("--max-temp", "max_temp"),
+            ("--temp-exponent", "temp_exponent"),
+            ("--xtc-probability", "xtc_probability"),
+            ("--xtc-threshold", "xtc_threshold"),
+            ("--repetition-penalty", "repetition_penalty"),
+            ("--frequency-penalty", "frequency_penalty"),
+            ("--presence-penalty", "presence_penalty"),
+            ("--dry-multiplier", "dry_multiplier"),
+        ];
+        for (option, name) in numbers {
+            let mut expected = SamplingSettings::default();
+            expected.set_number(name, 0.625).unwrap();
+            let found = settings(&parse(&[option, "0.625"]), None).unwrap();
+            assert_eq!(found, expected, "{option}");
+        }
+        let line = "--min-temp 0.5 --max-temp 2 --dry-base 2.5 --dry-allowed-length 3 \
+                    --dry-range 500 --dry-max-ngram 9 --mirostat --mirostat-tau 4 \
+                    --mirostat-eta 0.5 --repetition-range 64 --repetition-decay 32 --top-k 7 \
+                    --temperature-last --logit-bias 5=-100 --logit-bias 6=1.5";
+        let found = settings(&parse(&line.split_whitespace().collect::<Vec<_>>()), None).unwrap();
+        let expected = SamplingSettings {
+            min_temp: 0.5,
+            max_temp: 2.0,
+            dry_base: 2.5,
+            dry_allowed_length: 3,
+            dry_range: 500,
+            dry_max_ngram: 9,
+            mirostat: true,
+            mirostat_tau: 4.0,
+            mirostat_eta: 0.5,
+            repetition_range: Some(64),
+            repetition_decay: 32,
+            top_k: 7,
+            temperature_last: true,
+            logit_bias: [(5, -100.0), (6, 1.5)].into(),
+            ..SamplingSettings::default()
+        };
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn negative_values_and_lists_are_read() {
+        let args = parse(&[
+            "--repetition-range",
+            "-1",
+            "--skew",
+            "-0.5",
+            "--sampler-order",
+            "min_p, temperature",
+        ]);
+        let found = settings(&args, None).unwrap();
+        assert_eq!(found.repetition_range, None);
+        assert_eq!(found.skew, -0.5);
+        assert_eq!(found.sampler_order, [Stage::MinP, Stage::Temperature]);
+    }
+
+    #[test]
+    fn what_contradicts_itself_is_refused() {
+        let refused = |arguments: &[&str]| {
+            let line = Line::try_parse_from([&["oxllama"], arguments].concat());
+            line.unwrap_err().kind()
+        };
+        let conflict = ErrorKind::ArgumentConflict;
+        assert_eq!(refused(&["--greedy", "--top-k", "3"]), conflict);
+        assert_eq!(refused(&["--greedy", "--mirostat"]), conflict);
+        assert_eq!(refused(&["--frequency-penalty", "1", "--greedy"]), conflict);
+        let order = ["--temperature-last", "--sampler-order", "min_p"];
+        assert_eq!(refused(&order), conflict);
+        let alone = ["--mirostat-tau", "3"];
+        assert_eq!(refused(&alone), ErrorKind::MissingRequiredArgument);
+        for bias in ["5", "x=1", "5=x", "5.5=1"] {
+            assert_eq!(
+                refused(&["--logit-bias", bias]),
+                ErrorKind::ValueValidation,
+                "{bias}"
+            );
+        }
+        let message = |arguments: &[&str]| check(&parse(arguments)).unwrap_err().to_string();
+        assert!(message(&["--temperature", "NaN"]).starts_with("temperature is NaN, expected"));
+        assert!(message(&["--sampler-order", "min_q"]).contains("expected a list of temperature"));
+        assert!(message(&["--logit-bias", "5=NaN"]).contains("logit_bias is NaN for token 5"));
+    }
+
+    #[test]
+    fn greedy_and_seed_alone_change_nothing_else() {
+        let greedy = settings(&parse(&["--greedy", "--seed", "1", "--stop", "x"]), None).unwrap();
+        assert_eq!(greedy, SamplingSettings::greedy());
+        assert_eq!(
+            settings(&parse(&[]), None).unwrap(),
+            SamplingSettings::default()
+        );
+    }
 }
