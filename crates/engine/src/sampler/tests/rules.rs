@@ -120,8 +120,8 @@ fn default_sets_are_punctuation_newlines_and_special_tokens() {
     let tokens = tokens.map(|token| (token, token == "<|end|>" || token == "-"));
     let vocabulary = SamplerVocabulary::from_tokens(tokens.into_iter());
     let of = |set: &TokenMask| (0..12).filter(|id| set.is_allowed(*id)).collect::<Vec<_>>();
-    assert_eq!(of(&vocabulary.dry_breakers), [1, 2, 3, 4, 5, 6, 8]);
-    assert_eq!(of(&vocabulary.xtc_ignored), [4, 5, 6]);
+    assert_eq!(of(&vocabulary.sets().dry_breakers), [1, 2, 3, 4, 5, 6, 8]);
+    assert_eq!(of(&vocabulary.sets().xtc_ignored), [4, 5, 6]);
     assert_eq!(vocabulary.size(), 10);
 }
 
