@@ -16,6 +16,8 @@ const LAYERS: [&str; 8] = [
     "oxllama-text",
     "oxllama-backend",
     "oxllama-cpu",
+    "oxllama-kernels",
+    "oxllama-cuda",
     "oxllama-model",
     "oxllama-engine",
     "oxllama",

@@ -55,6 +55,31 @@ pub enum DeviceError {
         limit: usize,
     },
 
+    /// The driver or a library of the device refused an operation.
+    #[error("{device}: {operation} failed: {reason}")]
+    Operation {
+        /// Where.
+        device: DeviceId,
+        /// What was attempted.
+        operation: String,
+        /// The driver's words.
+        reason: String,
+    },
+
+    /// The device can do nothing more in this process: its context is broken.
+    #[error(
+        "{device} is lost: {operation} failed ({reason}), and the driver accepts nothing more \
+         from this process; restart it to use the device again"
+    )]
+    Lost {
+        /// Where.
+        device: DeviceId,
+        /// What was attempted when it broke.
+        operation: String,
+        /// The driver's words.
+        reason: String,
+    },
+
     /// A weight could not be read or decoded.
     #[error(transparent)]
     Format(#[from] FormatError),

@@ -1,0 +1,226 @@
+//! One GPU as a device, and its memory.
+
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+use oxllama_backend::{DeviceError, DeviceMemory};
+use oxllama_memory::{Bytes, DeviceId, Reservation};
+
+use crate::buffer::CudaBuffer;
+use crate::context::{Context, GpuInfo};
+use crate::error::CudaUnavailable;
+use crate::module::{Kernel, Modules};
+use crate::stream::Stream;
+
+/// Entries of the kernels, looked up once.
+#[derive(Debug)]
+pub(crate) struct Kernels {
+    pub(crate) begin_step: Kernel,
+}
+
+impl Kernels {
+    fn find(modules: &Modules) -> Result<Self, CudaUnavailable> {
+        Ok(Self {
+            begin_step: modules.kernel("step", "oxl_begin_step", 0)?,
+        })
+    }
+}
+
+/// What all handles of one device share.
+#[derive(Debug)]
+struct Shared {
+    // Dropped first: what uses the modules and the context goes before them.
+    stream: Stream,
+    kernels: Kernels,
+    _modules: Modules,
+    context: Arc<Context>,
+}
+
+/// One GPU and one queue of work on it. Clones are handles of the same device.
+#[derive(Debug, Clone)]
+pub struct CudaDevice {
+    shared: Arc<Shared>,
+}
+
+impl CudaDevice {
+    /// Creates a context on `gpu` and loads the kernels.
+    ///
+    /// # Errors
+    /// The GPU is too old, the driver refuses, or there is no device code for it.
+    pub fn open(gpu: &GpuInfo) -> Result<Self, CudaUnavailable> {
+        let context = Arc::new(Context::retain(gpu.clone())?);
+        let opened = |operation, result: Result<Stream, DeviceError>| {
+            result.map_err(|error| CudaUnavailable::Open {
+                name: gpu.name.clone(),
+                operation,
+                reason: error.to_string(),
+            })
+        };
+        let modules = Modules::load(&context)?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                stream: opened("creating a stream", Stream::new(&context))?,
+                kernels: Kernels::find(&modules)?,
+                _modules: modules,
+                context,
+            }),
+        })
+    }
+
+    /// What the driver says of the GPU.
+    pub fn info(&self) -> &GpuInfo {
+        &self.shared.context.info
+    }
+
+    /// Memory that nobody on the machine has at this moment.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn free_memory(&self) -> Result<Bytes, DeviceError> {
+        Ok(self.shared.context.memory()?.0)
+    }
+
+    /// Waits until everything enqueued so far has run.
+    ///
+    /// # Errors
+    /// The device failed, now or in what was enqueued.
+    pub fn synchronize(&self) -> Result<(), DeviceError> {
+        self.stream().synchronize()
+    }
+
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.shared.context
+    }
+
+    pub(crate) fn stream(&self) -> &Stream {
+        &self.shared.stream
+    }
+
+    pub(crate) fn kernels(&self) -> &Kernels {
+        &self.shared.kernels
+    }
+
+    /// Enqueues a copy of `bytes` bytes between two places of the device's memory, or of
+    /// devices that reach each other.
+    ///
+    /// # Safety
+    /// Both places are allocated, as long as said, until the stream has passed the copy.
+    pub(crate) unsafe fn copy(
+        &self,
+        from: sys::CUdeviceptr,
+        to: sys::CUdeviceptr,
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.context().bind()?;
+        // SAFETY: the caller's promise.
+        let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream().handle()) };
+        self.context()
+            .check(code, || format!("copying {bytes} bytes on the device"))
+    }
+}
+
+impl DeviceMemory for CudaDevice {
+    type Buffer = CudaBuffer;
+
+    fn id(&self) -> &DeviceId {
+        self.context().id()
+    }
+
+    fn allocate(&self, reservation: Reservation) -> Result<CudaBuffer, DeviceError> {
+        let mut buffer = CudaBuffer::allocate(self.context(), reservation)?;
+        buffer.clear(self.stream())?;
+        Ok(buffer)
+    }
+
+    fn release(&self, buffer: CudaBuffer) -> Reservation {
+        buffer.into_reservation()
+    }
+
+    fn upload(&self, source: &[u8], destination: &mut CudaBuffer) -> Result<(), DeviceError> {
+        assert!(
+            source.len() <= destination.length(),
+            "{} bytes into a buffer of {}",
+            source.len(),
+            destination.length()
+        );
+        if source.is_empty() {
+            return Ok(());
+        }
+        self.context().bind()?;
+        // SAFETY: both ends are as long as the source; the wait below keeps them that long.
+        let code = unsafe {
+            sys::cuMemcpyHtoDAsync_v2(
+                destination.address(),
+                source.as_ptr().cast(),
+                source.len(),
+                self.stream().handle(),
+            )
+        };
+        self.context().check(code, || {
+            format!("copying {} bytes to the device", source.len())
+        })?;
+        self.stream().synchronize()
+    }
+
+    fn download(&self, source: &CudaBuffer, destination: &mut [u8]) -> Result<(), DeviceError> {
+        assert!(
+            destination.len() <= source.length(),
+            "{} bytes from a buffer of {}",
+            destination.len(),
+            source.length()
+        );
+        if destination.is_empty() {
+            return Ok(());
+        }
+        self.context().bind()?;
+        // SAFETY: both ends are as long as the destination; the wait below keeps them that long.
+        let code = unsafe {
+            sys::cuMemcpyDtoHAsync_v2(
+                destination.as_mut_ptr().cast(),
+                source.address(),
+                destination.len(),
+                self.stream().handle(),
+            )
+        };
+        let bytes = destination.len();
+        self.context()
+            .check(code, || format!("copying {bytes} bytes from the device"))?;
+        self.stream().synchronize()
+    }
+
+    fn copy_from_peer(
+        &self,
+        source: &CudaBuffer,
+        destination: &mut CudaBuffer,
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
+        assert!(
+            bytes <= source.length() && bytes <= destination.length(),
+            "{bytes} bytes from a buffer of {} to one of {}",
+            source.length(),
+            destination.length()
+        );
+        // SAFETY: both buffers are as long as said, and the models that own them outlive their
+        // steps.
+        unsafe { self.copy(source.address(), destination.address(), bytes) }
+    }
+
+    fn copy_within(
+        &self,
+        buffer: &mut CudaBuffer,
+        from: usize,
+        to: usize,
+        bytes: usize,
+    ) -> Result<(), DeviceError> {
+        let length = buffer.length();
+        assert!(
+            from + bytes <= length && to + bytes <= length,
+            "{bytes} bytes from {from} to {to} of a buffer of {length}"
+        );
+        // SAFETY: both ranges lie in the buffer.
+        unsafe { self.copy(buffer.at(from), buffer.at(to), bytes) }
+    }
+}

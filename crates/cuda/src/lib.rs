@@ -1,0 +1,25 @@
+//! The CUDA backend.
+//!
+//! Everything is found at run time: the driver, and the libraries that are used where they
+//! are there. [`gpus`] lists what can be used and says why not where nothing can;
+//! [`CudaDevice::open`] makes a [`oxllama_backend::Device`] of one GPU.
+//!
+//! A device has one stream on which every operation is enqueued in order; only downloads wait
+//! for it. Kernels are launched so that the next may start while the last one ends
+//! (programmatic dependent launch, on architectures from 9.0 on).
+
+mod buffer;
+mod context;
+mod device;
+mod error;
+mod launch;
+mod library;
+mod module;
+mod step;
+mod stream;
+
+pub use buffer::CudaBuffer;
+pub use context::{GpuInfo, gpus};
+pub use device::CudaDevice;
+pub use error::CudaUnavailable;
+pub use step::CudaWorkspace;

@@ -1,0 +1,366 @@
+//! The inputs of a step on the device, and all scratch that operations need.
+
+use cudarc::driver::sys;
+use oxllama_backend::{
+    DeviceError, PAGE_TOKENS, Rope, RopeStyle, StepBatch, StepOps, WorkspaceShape,
+};
+use oxllama_memory::{Bytes, Reservation};
+
+use crate::buffer::CudaBuffer;
+use crate::device::CudaDevice;
+use crate::launch::Launch;
+use crate::stream::{Event, PinnedBuffer};
+
+/// Parts of one allocation start at multiples of this: what every load of a kernel is aligned to.
+pub(crate) const ALIGNMENT: usize = 256;
+
+/// `bytes` up to the next multiple of [`ALIGNMENT`].
+pub(crate) fn aligned(bytes: usize) -> usize {
+    bytes.next_multiple_of(ALIGNMENT)
+}
+
+/// Most ropes of a model; `MOST_ROPES` in `step.cu`.
+const MOST_ROPES: usize = 4;
+
+/// Copies of a step's inputs that may be under way at once.
+const STAGING_COPIES: usize = 2;
+
+/// How one rope of the current step pairs up dimensions.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct RopeLayout {
+    pub(crate) style: RopeStyle,
+    /// Rotated pairs of a head.
+    pub(crate) pairs: usize,
+}
+
+/// Where each input lies in the workspace's memory, in bytes from its start.
+#[derive(Debug, Clone, Copy)]
+struct Offsets {
+    packed: usize,
+    token_ids: usize,
+    positions: usize,
+    row_sequences: usize,
+    logit_rows: usize,
+    page_tables: usize,
+    frequencies: usize,
+    angles: usize,
+    end: usize,
+}
+
+impl Offsets {
+    fn of(shape: &WorkspaceShape) -> Self {
+        const WORD: usize = size_of::<u32>();
+        let rows = shape.rows;
+        let tables = shape.sequences * shape.pages_per_sequence;
+        let pairs = shape.rotary_dim / 2;
+        let mut end = 0;
+        let mut place = |words: usize| {
+            let start = end;
+            end += aligned(words * WORD);
+            start
+        };
+        Self {
+            packed: place(4 * rows + tables),
+            token_ids: place(rows),
+            positions: place(rows),
+            row_sequences: place(rows),
+            logit_rows: place(rows),
+            page_tables: place(tables),
+            frequencies: place(shape.ropes * pairs),
+            angles: place(shape.ropes * rows * 2 * pairs),
+            end,
+        }
+    }
+}
+
+/// The inputs of the current step, on the device.
+#[derive(Debug)]
+pub(crate) struct StepInputs {
+    pub(crate) shape: WorkspaceShape,
+    offsets: Offsets,
+    memory: CudaBuffer,
+    staging: [(PinnedBuffer, Event); STAGING_COPIES],
+    next_staging: usize,
+    /// Ropes whose frequencies are on the device.
+    known_ropes: Vec<Rope>,
+    /// Ropes of the current step.
+    pub(crate) ropes: Vec<RopeLayout>,
+    /// Rows of the current step.
+    pub(crate) rows: usize,
+    /// Rows of the current step whose logits are wanted.
+    pub(crate) logit_rows: usize,
+}
+
+impl StepInputs {
+    /// u32 `[rows]`
+    pub(crate) fn token_ids(&self) -> sys::CUdeviceptr {
+        self.memory.at(self.offsets.token_ids)
+    }
+
+    /// u32 `[rows]`
+    pub(crate) fn positions(&self) -> sys::CUdeviceptr {
+        self.memory.at(self.offsets.positions)
+    }
+
+    /// u32 `[rows]`
+    pub(crate) fn row_sequences(&self) -> sys::CUdeviceptr {
+        self.memory.at(self.offsets.row_sequences)
+    }
+
+    /// u32 `[logit_rows]`
+    pub(crate) fn logit_row_indices(&self) -> sys::CUdeviceptr {
+        self.memory.at(self.offsets.logit_rows)
+    }
+
+    /// u32 `[sequences, shape.pages_per_sequence]`
+    pub(crate) fn page_tables(&self) -> sys::CUdeviceptr {
+        self.memory.at(self.offsets.page_tables)
+    }
+
+    /// f32 `[shape.rows, 2, shape.rotary_dim / 2]` of one rope: cosines, then sines.
+    pub(crate) fn angles(&self, rope: usize) -> sys::CUdeviceptr {
+        let pairs = self.shape.rotary_dim / 2;
+        let words = rope * self.shape.rows * 2 * pairs;
+        self.memory
+            .at(self.offsets.angles + words * size_of::<f32>())
+    }
+
+    fn frequencies(&self, rope: usize) -> sys::CUdeviceptr {
+        let words = rope * (self.shape.rotary_dim / 2);
+        self.memory
+            .at(self.offsets.frequencies + words * size_of::<f32>())
+    }
+}
+
+/// The step's inputs on the device and all scratch.
+#[derive(Debug)]
+pub struct CudaWorkspace {
+    pub(crate) inputs: StepInputs,
+}
+
+/// `StepRope` of `step.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+struct StepRope {
+    inverse_frequencies: sys::CUdeviceptr,
+    attention_factor: f32,
+    pairs: i32,
+}
+
+/// `BeginStepArgs` of `step.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct BeginStepArgs {
+    packed: sys::CUdeviceptr,
+    token_ids: sys::CUdeviceptr,
+    positions: sys::CUdeviceptr,
+    row_sequences: sys::CUdeviceptr,
+    logit_rows: sys::CUdeviceptr,
+    page_tables: sys::CUdeviceptr,
+    angles: sys::CUdeviceptr,
+    ropes: [StepRope; MOST_ROPES],
+    rows: i32,
+    logit_row_count: i32,
+    sequences: i32,
+    pages: i32,
+    table_stride: i32,
+    rope_count: i32,
+    angle_rows: i32,
+    angle_pairs: i32,
+}
+
+impl StepOps for CudaDevice {
+    type Workspace = CudaWorkspace;
+
+    fn workspace_bytes(&self, shape: &WorkspaceShape) -> Bytes {
+        Bytes::from_usize(Offsets::of(shape).end)
+    }
+
+    fn create_workspace(
+        &self,
+        shape: &WorkspaceShape,
+        reservation: Reservation,
+    ) -> Result<CudaWorkspace, DeviceError> {
+        let needed = self.workspace_bytes(shape);
+        if reservation.bytes() != needed {
+            return Err(DeviceError::ReservationSize {
+                device: self.context().id().clone(),
+                what: "a workspace".to_owned(),
+                needed,
+                reserved: reservation.bytes(),
+            });
+        }
+        let offsets = Offsets::of(shape);
+        let mut memory = CudaBuffer::allocate(self.context(), reservation)?;
+        memory.clear(self.stream())?;
+        let staging = || {
+            let memory = PinnedBuffer::new(self.context(), offsets.token_ids - offsets.packed)?;
+            Ok::<_, DeviceError>((memory, Event::new(self.context())?))
+        };
+        let inputs = StepInputs {
+            shape: *shape,
+            offsets,
+            memory,
+            staging: [staging()?, staging()?],
+            next_staging: 0,
+            known_ropes: Vec::with_capacity(shape.ropes),
+            ropes: Vec::with_capacity(shape.ropes),
+            rows: 0,
+            logit_rows: 0,
+        };
+        Ok(CudaWorkspace { inputs })
+    }
+
+    fn begin_step(
+        &self,
+        batch: &StepBatch<'_>,
+        ropes: &[Rope],
+        workspace: &mut CudaWorkspace,
+    ) -> Result<(), DeviceError> {
+        let inputs = &mut workspace.inputs;
+        self.check_step(batch, ropes, &inputs.shape)?;
+        self.know_ropes(ropes, inputs)?;
+        inputs.rows = batch.rows();
+        inputs.logit_rows = 0;
+        self.copy_inputs(batch, inputs)?;
+        let mut step_ropes = [StepRope::default(); MOST_ROPES];
+        for (index, rope) in ropes.iter().enumerate() {
+            step_ropes[index] = StepRope {
+                inverse_frequencies: inputs.frequencies(index),
+                attention_factor: rope.attention_factor,
+                pairs: rope.inverse_frequencies.len() as i32,
+            };
+        }
+        let args = BeginStepArgs {
+            packed: inputs.memory.at(inputs.offsets.packed),
+            token_ids: inputs.token_ids(),
+            positions: inputs.positions(),
+            row_sequences: inputs.row_sequences(),
+            logit_rows: inputs.logit_row_indices(),
+            page_tables: inputs.page_tables(),
+            angles: inputs.angles(0),
+            ropes: step_ropes,
+            rows: batch.rows() as i32,
+            logit_row_count: 0,
+            sequences: batch.sequences() as i32,
+            pages: batch.pages_per_sequence as i32,
+            table_stride: inputs.shape.pages_per_sequence as i32,
+            rope_count: ropes.len() as i32,
+            angle_rows: inputs.shape.rows as i32,
+            angle_pairs: (inputs.shape.rotary_dim / 2) as i32,
+        };
+        let blocks = batch.rows().max(batch.sequences());
+        // SAFETY: the structure is the kernel's; `check_step` has held the step to the extents
+        // that the workspace was made for.
+        unsafe { self.launch(self.kernels().begin_step, Launch::linear(blocks, 64), &args) }
+    }
+}
+
+impl CudaDevice {
+    /// Refuses what exceeds the workspace's shape.
+    fn check_step(
+        &self,
+        batch: &StepBatch<'_>,
+        ropes: &[Rope],
+        shape: &WorkspaceShape,
+    ) -> Result<(), DeviceError> {
+        let pages = batch.pages_per_sequence;
+        let last_position = batch.positions.iter().copied().max().unwrap_or(0) as usize;
+        let rotary_dim = ropes.iter().map(Rope::rotary_dim).max().unwrap_or(0);
+        for (what, found, limit) in [
+            ("rows", batch.rows(), shape.rows),
+            ("sequences", batch.sequences(), shape.sequences),
+            ("pages per sequence", pages, shape.pages_per_sequence),
+            (
+                "pages of one sequence in use",
+                last_position / PAGE_TOKENS + 1,
+                pages,
+            ),
+            ("ropes", ropes.len(), shape.ropes.min(MOST_ROPES)),
+            ("rotated dimensions", rotary_dim, shape.rotary_dim),
+        ] {
+            if found > limit {
+                return Err(DeviceError::StepTooLarge {
+                    device: self.context().id().clone(),
+                    what,
+                    found,
+                    limit,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts the frequencies of `ropes` on the device where they are not there yet: on a
+    /// model's first step.
+    fn know_ropes(&self, ropes: &[Rope], inputs: &mut StepInputs) -> Result<(), DeviceError> {
+        if inputs.known_ropes == ropes {
+            return Ok(());
+        }
+        inputs.known_ropes.clear();
+        inputs.ropes.clear();
+        for (index, rope) in ropes.iter().enumerate() {
+            let frequencies: &[u8] = bytemuck::cast_slice(&rope.inverse_frequencies);
+            if !frequencies.is_empty() {
+                self.context().bind()?;
+                // SAFETY: the workspace has room for the frequencies of every rope that
+                // `check_step` lets pass; the wait below keeps the source alive.
+                let code = unsafe {
+                    sys::cuMemcpyHtoDAsync_v2(
+                        inputs.frequencies(index),
+                        frequencies.as_ptr().cast(),
+                        frequencies.len(),
+                        self.stream().handle(),
+                    )
+                };
+                self.context()
+                    .check(code, || "copying the ropes' frequencies".to_owned())?;
+            }
+            inputs.ropes.push(RopeLayout {
+                style: rope.style,
+                pairs: rope.inverse_frequencies.len(),
+            });
+        }
+        self.stream().synchronize()?;
+        inputs.known_ropes.extend_from_slice(ropes);
+        Ok(())
+    }
+
+    /// One copy of all arrays, packed, from page-locked memory.
+    fn copy_inputs(
+        &self,
+        batch: &StepBatch<'_>,
+        inputs: &mut StepInputs,
+    ) -> Result<(), DeviceError> {
+        let packed = inputs.memory.at(inputs.offsets.packed);
+        let (memory, copied) = &mut inputs.staging[inputs.next_staging];
+        inputs.next_staging = (inputs.next_staging + 1) % STAGING_COPIES;
+        // The copy that was made from here two steps ago.
+        copied.synchronize()?;
+        let mut words = 0;
+        for array in [
+            batch.token_ids,
+            batch.positions,
+            batch.row_sequences,
+            batch.page_tables,
+        ] {
+            memory.as_mut_slice::<u32>()[words..][..array.len()].copy_from_slice(array);
+            words += array.len();
+        }
+        let bytes: &[u8] = bytemuck::cast_slice(&memory.as_slice::<u32>()[..words]);
+        self.context().bind()?;
+        // SAFETY: the destination holds the packed arrays of the largest step; the staging
+        // memory is written again only after the event below.
+        let code = unsafe {
+            sys::cuMemcpyHtoDAsync_v2(
+                packed,
+                bytes.as_ptr().cast(),
+                bytes.len(),
+                self.stream().handle(),
+            )
+        };
+        self.context()
+            .check(code, || "copying a step's inputs".to_owned())?;
+        copied.record(self.stream())
+    }
+}
