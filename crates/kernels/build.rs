@@ -1,104 +1,123 @@
-//! Compiles every unit to one image for all architectures, where an nvcc is found.
+//! Lists the units and compiles each to one image for all targets, where an nvcc is found.
 
 use std::env;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::ExitCode;
 
-/// Architectures when none are asked for.
-const DEFAULT_ARCHITECTURES: &str = "80,86,89,90a";
+use oxllama_nvcc::{
+    ARCHITECTURES_VARIABLE, DEFAULT_TARGETS, NVCC_VARIABLE, Nvcc, NvccError, Target, UnitSource,
+};
 
-fn main() {
-    println!("cargo::rerun-if-changed=cuda");
-    for variable in ["OXLLAMA_NVCC", "OXLLAMA_CUDA_ARCHITECTURES", "CUDA_HOME"] {
-        println!("cargo::rerun-if-env-changed={variable}");
-    }
+fn main() -> ExitCode {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    let nvcc = find_nvcc();
-    if nvcc.is_none() {
-        println!(
-            "cargo::warning=no nvcc found (OXLLAMA_NVCC, CUDA_HOME, PATH, /usr/local/cuda): \
-             kernels are compiled at run time"
-        );
-    }
-    let mut sources: Vec<PathBuf> = fs::read_dir("cuda")
-        .expect("the folder of kernels exists")
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .collect();
-    sources.sort();
-    let mut units = String::from("&[\n");
-    let mut headers = String::from("&[\n");
-    for path in &sources {
-        let full = path.canonicalize().expect("the file was just listed");
-        let name = path
-            .file_stem()
-            .expect("a file has a name")
-            .to_string_lossy();
-        match path.extension().and_then(|extension| extension.to_str()) {
-            Some("cu") => {
-                let image = nvcc.as_ref().map(|nvcc| compile(nvcc, path, &out));
-                let image = match image {
-                    Some(image) => format!("Some(include_bytes!({image:?}))"),
-                    None => "None".to_owned(),
-                };
-                writeln!(
-                    units,
-                    "Unit {{ name: {name:?}, source: include_str!({full:?}), image: {image} }},"
-                )
-                .expect("a string takes everything");
+    match build(Path::new("cuda"), &out) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            for line in error.to_string().lines() {
+                println!("cargo::error={line}");
             }
-            Some("cuh") => {
-                writeln!(headers, "(\"{name}.cuh\", include_str!({full:?})),")
-                    .expect("a string takes everything");
-            }
-            _ => {}
+            println!("cargo::error=with {NVCC_VARIABLE} set to nothing, no image is made");
+            ExitCode::FAILURE
         }
     }
-    units.push(']');
-    headers.push(']');
-    fs::write(out.join("units.rs"), units).expect("cargo's folder is writable");
-    fs::write(out.join("headers.rs"), headers).expect("cargo's folder is writable");
 }
 
-fn find_nvcc() -> Option<PathBuf> {
-    if let Some(path) = env::var_os("OXLLAMA_NVCC") {
-        return Some(path.into());
+fn build(folder: &Path, out: &Path) -> Result<(), NvccError> {
+    println!("cargo::rerun-if-changed={}", folder.display());
+    let units = oxllama_nvcc::units(folder)?;
+    let images = match find_nvcc()? {
+        Some(nvcc) => Some(compile(&nvcc, &units, out)?),
+        None => None,
+    };
+    let (targets, paths) = images.unwrap_or_default();
+    let mut table = String::from("&[\n");
+    for (index, unit) in units.iter().enumerate() {
+        let name = &unit.name;
+        let source = absolute(&unit.path);
+        let image = match paths.get(index) {
+            Some(path) => format!("Some(include_bytes!({path:?}))"),
+            None => "None".to_owned(),
+        };
+        writeln!(
+            table,
+            "Unit {{ name: {name:?}, source: include_str!({source:?}), image: {image} }},"
+        )
+        .expect("a string takes everything");
     }
-    let homes = env::var_os("CUDA_HOME").map(PathBuf::from);
-    let in_homes = homes
-        .into_iter()
-        .chain([PathBuf::from("/usr/local/cuda")])
-        .map(|home| home.join("bin/nvcc"));
-    let paths = env::var_os("PATH").unwrap_or_default();
-    let on_path: Vec<_> = env::split_paths(&paths)
-        .map(|path| path.join("nvcc"))
-        .collect();
-    in_homes.chain(on_path).find(|path| path.is_file())
+    write(&out.join("units.rs"), &(table + "]"));
+
+    let mut table = String::from("&[\n");
+    for header in oxllama_nvcc::headers(folder)? {
+        let name = header.file_name().unwrap_or_default().to_string_lossy();
+        let path = absolute(&header);
+        writeln!(table, "({name:?}, include_str!({path:?})),").expect("a string takes everything");
+    }
+    write(&out.join("headers.rs"), &(table + "]"));
+
+    let names: Vec<String> = targets.iter().map(ToString::to_string).collect();
+    write(&out.join("targets.rs"), &format!("&{names:?}"));
+    Ok(())
 }
 
-fn compile(nvcc: &Path, source: &Path, out: &Path) -> PathBuf {
-    let architectures = env::var("OXLLAMA_CUDA_ARCHITECTURES");
-    let architectures = architectures.as_deref().unwrap_or(DEFAULT_ARCHITECTURES);
-    let image = out.join(source.with_extension("fatbin").file_name().expect("named"));
-    let mut command = Command::new(nvcc);
-    command.args([
-        "-O3",
-        "-std=c++17",
-        "-Xfatbin",
-        "-compress-all",
-        "--compress-mode=size",
-    ]);
-    for architecture in architectures.split(',') {
-        let architecture = architecture.trim();
-        command.arg("-gencode").arg(format!(
-            "arch=compute_{architecture},code=sm_{architecture}"
-        ));
+/// The compiler, and when to look for it again.
+fn find_nvcc() -> Result<Option<Nvcc>, NvccError> {
+    for variable in [NVCC_VARIABLE, ARCHITECTURES_VARIABLE, "CUDA_HOME"] {
+        println!("cargo::rerun-if-env-changed={variable}");
     }
-    command.arg("-fatbin").arg("-o").arg(&image).arg(source);
-    let status = command.status();
-    match status {
-        Ok(status) if status.success() => image,
-        other => panic!("{command:?} failed: {other:?}"),
+    let nvcc = match Nvcc::find() {
+        Err(error @ NvccError::TooOld { .. }) => {
+            println!("cargo::warning={error}");
+            None
+        }
+        found => found?,
+    };
+    match &nvcc {
+        Some(nvcc) => println!("cargo::rerun-if-changed={}", nvcc.path().display()),
+        // The user said so.
+        None if env::var_os(NVCC_VARIABLE).is_some_and(|path| path.is_empty()) => {}
+        None => println!(
+            "cargo::warning=no nvcc in {NVCC_VARIABLE}, CUDA_HOME, PATH or /usr/local/cuda*: the CUDA \
+             kernels are compiled at run time"
+        ),
     }
+    // Paths come and go with every terminal and editor: they matter only where the compiler was
+    // looked for there.
+    let is_in_home = nvcc.as_ref().is_some_and(|nvcc| {
+        env::var_os("CUDA_HOME").is_some_and(|home| nvcc.path().starts_with(home))
+    });
+    if env::var_os(NVCC_VARIABLE).is_none() && !is_in_home {
+        println!("cargo::rerun-if-env-changed=PATH");
+    }
+    Ok(nvcc)
+}
+
+/// The targets, and each unit's image.
+fn compile(
+    nvcc: &Nvcc,
+    units: &[UnitSource],
+    out: &Path,
+) -> Result<(Vec<Target>, Vec<PathBuf>), NvccError> {
+    let list = env::var(ARCHITECTURES_VARIABLE);
+    let targets = Target::parse_list(list.as_deref().unwrap_or(DEFAULT_TARGETS))?;
+    let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok());
+    // Each run of the compiler works on two targets at a time.
+    let at_a_time = jobs.unwrap_or(1_usize).div_ceil(2);
+    let images = oxllama_nvcc::for_each_in_parallel(at_a_time, units, |unit| {
+        nvcc.compile_if_stale(unit, &targets, out)
+    });
+    Ok((targets, images.into_iter().collect::<Result<_, _>>()?))
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    path.canonicalize().expect("the file was just listed")
+}
+
+/// Leaves a file that is right already as it is, so that nothing after it is built again.
+fn write(path: &Path, text: &str) {
+    if fs::read_to_string(path).is_ok_and(|found| found == text) {
+        return;
+    }
+    fs::write(path, text).expect("cargo's folder is writable");
 }

@@ -10,12 +10,13 @@ use serde_json::Value;
 use crate::root;
 
 /// Crates from the bottom up: each may depend on those before it only.
-const LAYERS: [&str; 8] = [
+const LAYERS: [&str; 11] = [
     "oxllama-memory",
     "oxllama-format",
     "oxllama-text",
     "oxllama-backend",
     "oxllama-cpu",
+    "oxllama-nvcc",
     "oxllama-kernels",
     "oxllama-cuda",
     "oxllama-model",

@@ -21,3 +21,7 @@ pub const UNITS: &[Unit] = include!(concat!(env!("OUT_DIR"), "/units.rs"));
 
 /// Name and text of every header that units include.
 pub const HEADERS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/headers.rs"));
+
+/// What images hold code for, as `sm_90a`, or `compute_80` for PTX that the driver compiles;
+/// empty where no compiler was found at build time.
+pub const TARGETS: &[&str] = include!(concat!(env!("OUT_DIR"), "/targets.rs"));
