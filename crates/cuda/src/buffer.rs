@@ -80,6 +80,14 @@ impl CudaBuffer {
         self.address + offset as u64
     }
 
+    /// [`Self::address`] of a buffer that holds at least `elements` f32; a shorter one is a
+    /// caller's mistake and panics.
+    pub(crate) fn floats(&self, elements: usize) -> CUdeviceptr {
+        let found = self.length() / size_of::<f32>();
+        assert!(elements <= found, "{elements} f32 in a buffer of {found}");
+        self.address
+    }
+
     /// Sets every byte to zero, in the stream's order.
     pub(crate) fn clear(&mut self, stream: &Stream) -> Result<(), DeviceError> {
         if self.address == 0 {

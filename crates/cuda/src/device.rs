@@ -8,20 +8,26 @@ use oxllama_memory::{Bytes, DeviceId, Reservation};
 
 use crate::buffer::CudaBuffer;
 use crate::context::{Context, GpuInfo};
+use crate::elementwise::ElementwiseKernels;
 use crate::error::CudaUnavailable;
 use crate::module::{Kernel, Modules};
+use crate::prepare::PrepareKernels;
 use crate::stream::Stream;
 
 /// Entries of the kernels, looked up once.
 #[derive(Debug)]
 pub(crate) struct Kernels {
     pub(crate) begin_step: Kernel,
+    pub(crate) prepare: PrepareKernels,
+    pub(crate) elementwise: ElementwiseKernels,
 }
 
 impl Kernels {
-    fn find(modules: &Modules) -> Result<Self, CudaUnavailable> {
+    fn find(modules: &Modules, gpu: &GpuInfo) -> Result<Self, CudaUnavailable> {
         Ok(Self {
             begin_step: modules.kernel("step", "oxl_begin_step", 0)?,
+            prepare: PrepareKernels::find(modules, gpu)?,
+            elementwise: ElementwiseKernels::find(modules)?,
         })
     }
 }
@@ -60,7 +66,7 @@ impl CudaDevice {
         Ok(Self {
             shared: Arc::new(Shared {
                 stream: opened("creating a stream", Stream::new(&context))?,
-                kernels: Kernels::find(&modules)?,
+                kernels: Kernels::find(&modules, gpu)?,
                 _modules: modules,
                 context,
             }),

@@ -11,10 +11,13 @@
 mod buffer;
 mod context;
 mod device;
+mod elementwise;
 mod error;
 mod launch;
 mod library;
 mod module;
+mod norm;
+mod prepare;
 mod step;
 mod stream;
 

@@ -1,0 +1,328 @@
+//! Rows as linears take them: fp16, normed or gated, in the order of a linear's inputs.
+
+use cudarc::driver::sys::CUdeviceptr;
+use oxllama_backend::{Activation, DeviceError, Norm, NormKind};
+
+use crate::buffer::CudaBuffer;
+use crate::context::GpuInfo;
+use crate::device::CudaDevice;
+use crate::error::CudaUnavailable;
+use crate::launch::Launch;
+use crate::module::{Kernel, Modules};
+
+/// Most outputs of one launch; `MOST_PREPARED` in `prepare.cu`.
+pub(crate) const MOST_PREPARED: usize = 3;
+
+/// Threads of a block of `oxl_prepare`, each of which writes four places.
+const THREADS: usize = 256;
+
+/// Shared memory of a block that is not a row's: sums.
+const STATIC_SHARED_BYTES: usize = 1024;
+
+/// What [`CudaDevice::prepare`] makes fp16 rows of.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Prepare<'a> {
+    /// f32 `[rows, width]`
+    pub(crate) x: &'a CudaBuffer,
+    /// f32 `[rows, width]`: the rows are `activation(gate) ⊙ x`.
+    pub(crate) gate: Option<(Activation, &'a CudaBuffer)>,
+    /// Applied at last; of `width` elements.
+    pub(crate) norm: Option<&'a Norm<CudaBuffer>>,
+    /// How many rows.
+    pub(crate) rows: usize,
+    /// Elements of a row.
+    pub(crate) width: usize,
+    /// Places of a row of fp16, a multiple of 32 and at least `width`; zeros from there on.
+    pub(crate) padded_width: usize,
+}
+
+/// One linear's input.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PreparedRows {
+    /// u32 `[width]`, 16-byte aligned: which element each place takes. `None`: its own.
+    ///
+    /// Like norms' weights it is read before earlier kernels have ended: it must have been
+    /// written before the step.
+    pub(crate) permutation: Option<CUdeviceptr>,
+    /// f16 `[rows, padded_width]`, 16-byte aligned.
+    pub(crate) out: CUdeviceptr,
+}
+
+/// `PrepareArgs` of `prepare.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct PrepareArgs {
+    x: CUdeviceptr,
+    gate: CUdeviceptr,
+    norm_weight: CUdeviceptr,
+    norm_bias: CUdeviceptr,
+    permutations: [CUdeviceptr; MOST_PREPARED],
+    outs: [CUdeviceptr; MOST_PREPARED],
+    width: i32,
+    padded_width: i32,
+    norm_kind: i32,
+    activation: i32,
+    epsilon: f32,
+    reserved: i32,
+}
+
+/// The entries of `prepare.cu`.
+#[derive(Debug)]
+pub(crate) struct PrepareKernels {
+    spread: Kernel,
+    row: Kernel,
+    wide_row: Kernel,
+    /// The widest row that `row` can hold.
+    widest_row: usize,
+}
+
+impl PrepareKernels {
+    pub(crate) fn find(modules: &Modules, gpu: &GpuInfo) -> Result<Self, CudaUnavailable> {
+        let shared_bytes = gpu.shared_per_block.get() as usize - STATIC_SHARED_BYTES;
+        Ok(Self {
+            spread: modules.kernel("prepare", "oxl_prepare", 0)?,
+            row: modules.kernel("prepare", "oxl_prepare_row", shared_bytes)?,
+            wide_row: modules.kernel("prepare", "oxl_prepare_wide_row", 0)?,
+            // Whole vectors of four.
+            widest_row: shared_bytes / 16 * 4,
+        })
+    }
+}
+
+/// Which entry prepares the rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Entry {
+    /// Several blocks a row, which read what they write: no norm.
+    Spread,
+    /// Each block has the row in shared memory.
+    Row,
+    /// Each block reads the row again where it needs it: a norm of very wide rows.
+    WideRow,
+}
+
+/// Threads of a block that owns a row of `width` elements: eight elements each, until there
+/// are no more threads. A norm's sums are added in an order that depends on this number.
+pub(crate) fn row_threads(width: usize) -> usize {
+    width.div_ceil(8).next_multiple_of(32).clamp(32, 1024)
+}
+
+/// What the choice of an entry and its launch depend on.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    rows: usize,
+    width: usize,
+    padded_width: usize,
+    outputs: usize,
+    has_norm: bool,
+    is_permuted: bool,
+}
+
+/// The entry for such rows, and its launch.
+///
+/// What a row becomes does not depend on the entry where there is no norm, and the entry for a
+/// norm depends on the width alone.
+fn plan(shape: &Shape, widest_row: usize) -> (Entry, Launch) {
+    /// Up to here many random reads from the L2 cost less than the wait for a whole row.
+    const FEW_ROWS: usize = 8;
+    let fits = shape.width <= widest_row;
+    let entry = if shape.has_norm {
+        if fits { Entry::Row } else { Entry::WideRow }
+    } else if shape.is_permuted && shape.rows > FEW_ROWS && fits {
+        Entry::Row
+    } else {
+        Entry::Spread
+    };
+    // Blocks that would otherwise not be there each write a part of a row.
+    let slices = (shape.padded_width / 1024).min(128 / shape.rows.max(1));
+    let (blocks, threads) = match entry {
+        Entry::Spread => (shape.padded_width.div_ceil(4 * THREADS), THREADS),
+        Entry::Row | Entry::WideRow => (slices.clamp(1, 8), row_threads(shape.width)),
+    };
+    let shared_bytes = match entry {
+        Entry::Row => shape.width.next_multiple_of(4) * size_of::<f32>(),
+        Entry::Spread | Entry::WideRow => 0,
+    };
+    let launch = Launch {
+        grid: [shape.rows, blocks, shape.outputs],
+        block: [threads, 1, 1],
+        shared_bytes,
+    };
+    (entry, launch)
+}
+
+/// As `rows.cuh` numbers them.
+pub(crate) fn activation_number(activation: Activation) -> i32 {
+    match activation {
+        Activation::Silu => 0,
+        Activation::GeluTanh => 1,
+        Activation::GeluErf => 2,
+    }
+}
+
+/// As `rows.cuh` numbers them.
+pub(crate) fn norm_number(kind: NormKind) -> i32 {
+    match kind {
+        NormKind::Rms => 0,
+        NormKind::Layer => 1,
+    }
+}
+
+/// Address of a norm's bias, zero without.
+pub(crate) fn bias_address(norm: &Norm<CudaBuffer>) -> CUdeviceptr {
+    let bias = norm.bias.as_ref();
+    bias.map_or(0, |bias| bias.floats(norm.width))
+}
+
+impl CudaDevice {
+    /// Writes `args`' rows as fp16 to each of `outputs`, one to [`MOST_PREPARED`], in one launch:
+    /// clamped to ±65,504, NaN kept.
+    ///
+    /// # Safety
+    /// What the addresses of `outputs` point to is as large as they say and stays allocated
+    /// until the stream has passed this; permutations are below the width.
+    pub(crate) unsafe fn prepare(
+        &self,
+        args: Prepare<'_>,
+        outputs: &[PreparedRows],
+    ) -> Result<(), DeviceError> {
+        assert!(
+            args.padded_width.is_multiple_of(32) && args.width <= args.padded_width,
+            "rows of {} elements in {} places",
+            args.width,
+            args.padded_width
+        );
+        let elements = args.rows * args.width;
+        let mut permutations = [0; MOST_PREPARED];
+        let mut outs = [0; MOST_PREPARED];
+        for (index, output) in outputs.iter().enumerate() {
+            permutations[index] = output.permutation.unwrap_or(0);
+            outs[index] = output.out;
+        }
+        let (activation, gate) = args.gate.map_or((0, 0), |(activation, gate)| {
+            (activation_number(activation), gate.floats(elements))
+        });
+        let (norm_weight, norm_bias) = args.norm.map_or((0, 0), |norm| {
+            assert_eq!(norm.width, args.width, "a norm of another width");
+            (norm.weight.floats(norm.width), bias_address(norm))
+        });
+        let kernels = &self.kernels().prepare;
+        let shape = Shape {
+            rows: args.rows,
+            width: args.width,
+            padded_width: args.padded_width,
+            outputs: outputs.len(),
+            has_norm: args.norm.is_some(),
+            is_permuted: outputs.iter().any(|output| output.permutation.is_some()),
+        };
+        let (entry, launch) = plan(&shape, kernels.widest_row);
+        let kernel = match entry {
+            Entry::Spread => kernels.spread,
+            Entry::Row => kernels.row,
+            Entry::WideRow => kernels.wide_row,
+        };
+        let args = PrepareArgs {
+            x: args.x.floats(elements),
+            gate,
+            norm_weight,
+            norm_bias,
+            permutations,
+            outs,
+            width: args.width as i32,
+            padded_width: args.padded_width as i32,
+            norm_kind: args.norm.map_or(0, |norm| norm_number(norm.kind)),
+            activation,
+            epsilon: args.norm.map_or(0.0, |norm| norm.epsilon),
+            reserved: 0,
+        };
+        // SAFETY: the structure is the kernel's; buffers hold what was asked of them above, and
+        // the rest is the caller's promise.
+        unsafe { self.launch(kernel, launch, &args) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As on a GPU with 99 KiB a block.
+    const WIDEST_ROW: usize = (99 * 1024 - STATIC_SHARED_BYTES) / 16 * 4;
+
+    fn shape(rows: usize, width: usize) -> Shape {
+        Shape {
+            rows,
+            width,
+            padded_width: width.next_multiple_of(32),
+            outputs: 1,
+            has_norm: true,
+            is_permuted: true,
+        }
+    }
+
+    #[test]
+    fn a_norms_entry_and_threads_depend_on_the_width_alone() {
+        for width in [1, 37, 576, 4096, 5120, 11_008, 25_088, 65_536] {
+            let (entry, launch) = plan(&shape(1, width), WIDEST_ROW);
+            for rows in [2, 8, 9, 64, 65, 4096] {
+                let (other_entry, other_launch) = plan(&shape(rows, width), WIDEST_ROW);
+                assert_eq!(
+                    (other_entry, other_launch.block),
+                    (entry, launch.block),
+                    "{rows} rows of {width}"
+                );
+            }
+        }
+        assert_eq!(plan(&shape(1, 25_088), WIDEST_ROW).0, Entry::Row);
+        assert_eq!(plan(&shape(1, 25_092), WIDEST_ROW).0, Entry::WideRow);
+    }
+
+    #[test]
+    fn every_launch_covers_its_rows_within_the_limits() {
+        for has_norm in [false, true] {
+            for is_permuted in [false, true] {
+                for rows in [1, 3, 8, 9, 32, 100, 128, 129, 70_000] {
+                    for width in [1, 50, 1024, 4096, 14_336, 28_672, 65_536] {
+                        let shape = Shape {
+                            has_norm,
+                            is_permuted,
+                            ..shape(rows, width)
+                        };
+                        let (entry, launch) = plan(&shape, WIDEST_ROW);
+                        let [x, y, z] = launch.grid;
+                        assert_eq!((x, z), (rows, 1), "{shape:?}");
+                        assert!((1..=65_535).contains(&y), "{shape:?}: {launch:?}");
+                        assert!(launch.block[0] % 32 == 0 && launch.block[0] <= 1024);
+                        assert!(launch.shared_bytes <= 98 * 1024, "{shape:?}: {launch:?}");
+                        match entry {
+                            Entry::Spread => {
+                                assert!(!has_norm && 4 * THREADS * y >= shape.padded_width);
+                            }
+                            // Every slice has places: they are dealt in fours.
+                            Entry::Row => {
+                                assert!(y <= shape.padded_width / 4);
+                                assert!(launch.shared_bytes >= width * size_of::<f32>());
+                            }
+                            Entry::WideRow => assert!(has_norm && width > WIDEST_ROW),
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn few_rows_without_a_norm_are_spread_over_blocks() {
+        let shape = |rows, is_permuted| Shape {
+            has_norm: false,
+            is_permuted,
+            ..shape(rows, 11_008)
+        };
+        assert_eq!(plan(&shape(1, true), WIDEST_ROW).0, Entry::Spread);
+        assert_eq!(plan(&shape(64, true), WIDEST_ROW).0, Entry::Row);
+        assert_eq!(plan(&shape(64, false), WIDEST_ROW).0, Entry::Spread);
+    }
+
+    #[test]
+    fn the_structure_has_the_kernels_size() {
+        assert_eq!(size_of::<PrepareArgs>(), 10 * 8 + 6 * 4);
+    }
+}

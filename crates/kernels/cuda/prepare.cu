@@ -1,0 +1,249 @@
+// The input of a linear: f32 rows, normed or gated, become fp16 rows in the linear's order.
+//
+//   y[row]      = norm(x[row]),  activation(gate[row]) * x[row],  or x[row]
+//   out[row][r] = f16(clamp(y[row][permutation[r]], -65504, 65504)),  0 from `width` on
+//
+// NaN stays NaN, so that what went wrong is seen in the logits. A norm's sums are taken in f32, in
+// an order that depends on the width alone. At most three outputs of different orders are
+// written at once.
+//
+// Floor at one row: a few tens of kilobytes, so the way there and back: launch (hidden by
+// programmatic launch), one load from the L2 (0.4 us), the sum over the block (0.2 us), the gather
+// from shared memory (0.1 us with four blocks a row, each of which norms the whole row and writes
+// a quarter) and the stores. Weights and orders are loaded before the wait. At many rows the
+// bytes: 6 (norm) or 10 (gate) an element.
+#include "rows.cuh"
+
+constexpr int MOST_PREPARED = 3;
+
+struct PrepareArgs {
+    // f32 [rows, width]
+    const float* x;
+    // f32 [rows, width]: y is activation(gate) * x. Null: y is x.
+    const float* gate;
+    // f32 [width]. Null: no norm.
+    const float* norm_weight;
+    // f32 [width] or null; read with a norm only.
+    const float* norm_bias;
+    // u32 [width] each, 16-byte aligned: which element of y each place takes. Null: its own.
+    const uint32_t* permutations[MOST_PREPARED];
+    // f16 [rows, padded_width] each, 16-byte aligned.
+    __half* outs[MOST_PREPARED];
+    int32_t width;
+    // A multiple of 32, the same for all outputs.
+    int32_t padded_width;
+    // NORM_RMS or NORM_LAYER.
+    int32_t norm_kind;
+    // ACTIVATION_...
+    int32_t activation;
+    float epsilon;
+    int32_t reserved;
+};
+
+namespace {
+
+using oxl::Four;
+
+struct Places {
+    int at[4];
+};
+
+// Where places `first..first + 4` take their elements from; places past the width from 0.
+__device__ __forceinline__ Places load_places(const uint32_t* permutation, int first, int width) {
+    Places places = {{first, first + 1, first + 2, first + 3}};
+    if (permutation != nullptr && first + 4 <= width) {
+        const uint4 loaded = *reinterpret_cast<const uint4*>(permutation + first);
+        return {{int(loaded.x), int(loaded.y), int(loaded.z), int(loaded.w)}};
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (first + i >= width) {
+            places.at[i] = 0;
+        } else if (permutation != nullptr) {
+            places.at[i] = int(permutation[first + i]);
+        }
+    }
+    return places;
+}
+
+__device__ __forceinline__ __half2 clamped_pair(float low, float high) {
+    const __half2 most = __float2half2_rn(65504.0f);
+    // What rounds to infinity comes back here; NaN passes.
+    return __hmax2_nan(__hmin2_nan(__floats2half2_rn(low, high), most), __hneg2(most));
+}
+
+// Writes places `first..first + 4` of a row, zeros from `width` on.
+__device__ __forceinline__ void store_places(__half* out, int first, int width, Four y) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (first + i >= width) y.at[i] = 0.0f;
+    }
+    __half2 pairs[2] = {clamped_pair(y.at[0], y.at[1]), clamped_pair(y.at[2], y.at[3])};
+    uint2 packed;
+    packed.x = *reinterpret_cast<uint32_t*>(&pairs[0]);
+    packed.y = *reinterpret_cast<uint32_t*>(&pairs[1]);
+    *reinterpret_cast<uint2*>(out + first) = packed;
+}
+
+// Elements `first..first + 4` of y before the norm.
+__device__ __forceinline__ Four load_input(const PrepareArgs& args, int64_t row, int first) {
+    Four y = oxl::load_four(args.x + row * args.width, first, args.width);
+    if (args.gate != nullptr) {
+        const Four gate = oxl::load_four(args.gate + row * args.width, first, args.width);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            y.at[i] = __fmul_rn(oxl::activate(args.activation, gate.at[i]), y.at[i]);
+        }
+    }
+    return y;
+}
+
+// One element of y before the norm.
+__device__ __forceinline__ float load_element(const PrepareArgs& args, int64_t row, int place) {
+    const int64_t index = row * args.width + place;
+    const float x = args.x[index];
+    if (args.gate == nullptr) return x;
+    return __fmul_rn(oxl::activate(args.activation, args.gate[index]), x);
+}
+
+// Grid (rows, slices, outputs): each block knows the whole row and writes one slice of one output.
+// IN_SHARED: the row lies in shared memory, f32 [width rounded up to 4]; else elements are
+// loaded again, from the L2.
+template <bool IN_SHARED>
+__device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
+    extern __shared__ float4 shared[];
+    __shared__ float mean_partials[oxl::WARP_LANES];
+    __shared__ float square_partials[oxl::WARP_LANES];
+    float* staged = reinterpret_cast<float*>(shared);
+
+    const int64_t row = blockIdx.x;
+    const int width = args.width;
+    const int threads = blockDim.x;
+    const int stride = 4 * threads;
+    const int first = 4 * threadIdx.x;
+    const uint32_t* permutation = args.permutations[blockIdx.z];
+    __half* out = args.outs[blockIdx.z] + row * args.padded_width;
+    const int quads = args.padded_width / 4;
+    const int slice_end = int((int64_t(quads) * (blockIdx.y + 1)) / gridDim.y) * 4;
+    const int slice_start = int((int64_t(quads) * blockIdx.y) / gridDim.y) * 4;
+    const bool has_norm = args.norm_weight != nullptr;
+    const float inverse_width = 1.0f / float(width);
+
+    // Two pieces of four a thread are most of a row (all up to 8,192): their weights and the
+    // first places come from memory while the kernel before still runs.
+    Four weights[2];
+#pragma unroll
+    for (int piece = 0; piece < 2; ++piece) {
+        weights[piece] = {{1.0f, 1.0f, 1.0f, 1.0f}};
+        if (has_norm) {
+            weights[piece] = oxl::load_four(args.norm_weight, first + piece * stride, width);
+        }
+    }
+    Places places = load_places(permutation, slice_start + first, width);
+    oxl::dependency_trigger();
+    oxl::dependency_wait();
+
+    Four x[2];
+#pragma unroll
+    for (int piece = 0; piece < 2; ++piece) {
+        x[piece] = load_input(args, row, first + piece * stride);
+    }
+    float mean = 0.0f;
+    float scale = 1.0f;
+    if (has_norm && args.norm_kind == oxl::NORM_LAYER) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int piece = 0; piece < 2; ++piece) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum += x[piece].at[i];
+        }
+        for (int at = first + 2 * stride; at < width; at += stride) {
+            const Four more = load_input(args, row, at);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum += more.at[i];
+        }
+        mean = __fmul_rn(oxl::block_sum(sum, mean_partials), inverse_width);
+    }
+    float squares = 0.0f;
+    for (int at = first, piece = 0; at < width; at += stride, ++piece) {
+        Four four = piece == 0 ? x[0] : x[1];
+        Four weight = piece == 0 ? weights[0] : weights[1];
+        if (piece > 1) {
+            four = load_input(args, row, at);
+            if (has_norm) weight = oxl::load_four(args.norm_weight, at, width);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float difference = at + i < width ? four.at[i] - mean : 0.0f;
+            squares = __fmaf_rn(difference, difference, squares);
+            four.at[i] = __fmul_rn(difference, weight.at[i]);
+        }
+        if (IN_SHARED) {
+            reinterpret_cast<float4*>(staged)[at / 4] =
+                make_float4(four.at[0], four.at[1], four.at[2], four.at[3]);
+        }
+    }
+    if (has_norm) {
+        // Its barrier is the one that the staged row needs.
+        const float square_sum = oxl::block_sum(squares, square_partials);
+        scale = oxl::norm_scale(square_sum, inverse_width, args.epsilon);
+    } else {
+        __syncthreads();
+    }
+
+    const bool has_bias = has_norm && args.norm_bias != nullptr;
+    for (int at = slice_start + first; at < slice_end; at += stride) {
+        if (at != slice_start + first) places = load_places(permutation, at, width);
+        Four y;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int place = places.at[i];
+            float value;
+            if (IN_SHARED) {
+                value = staged[place];
+            } else {
+                value = __fmul_rn(load_element(args, row, place) - mean, args.norm_weight[place]);
+            }
+            value = __fmul_rn(value, scale);
+            if (has_bias) value = __fadd_rn(value, args.norm_bias[place]);
+            y.at[i] = value;
+        }
+        store_places(out, at, width, y);
+    }
+}
+
+}  // namespace
+
+// Threads: `width / 8`, rounded up to whole warps, 1,024 at most. With or without a norm.
+extern "C" __global__ void __launch_bounds__(oxl::MOST_ROW_THREADS)
+    oxl_prepare_row(const __grid_constant__ PrepareArgs args) {
+    prepare_row<true>(args);
+}
+
+// The same for rows that shared memory cannot hold. With a norm only.
+extern "C" __global__ void __launch_bounds__(oxl::MOST_ROW_THREADS)
+    oxl_prepare_wide_row(const __grid_constant__ PrepareArgs args) {
+    prepare_row<false>(args);
+}
+
+// Without a norm, for few rows or rows in their own order: four places a thread, no barrier.
+// Grid (rows, blocks a row, outputs).
+extern "C" __global__ void __launch_bounds__(256)
+    oxl_prepare(const __grid_constant__ PrepareArgs args) {
+    const int64_t row = blockIdx.x;
+    const int first = 4 * (blockIdx.y * blockDim.x + threadIdx.x);
+    const uint32_t* permutation = args.permutations[blockIdx.z];
+    __half* out = args.outs[blockIdx.z] + row * args.padded_width;
+    const Places places = load_places(permutation, first, args.width);
+    oxl::dependency_trigger();
+    oxl::dependency_wait();
+    if (first >= args.padded_width) return;
+    Four y;
+    if (permutation == nullptr) {
+        y = load_input(args, row, first);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) y.at[i] = load_element(args, row, places.at[i]);
+    }
+    store_places(out, first, args.width, y);
+}
