@@ -288,6 +288,7 @@ impl<D: Device> Bench<'_, D> {
             row_sequences: &vec![0; rows],
             page_tables: &page_table,
             pages_per_sequence: pages,
+            logit_rows: &[],
         };
         self.device.begin_step(&batch, &[], &mut workspace)?;
         Ok(workspace)

@@ -35,7 +35,7 @@ pub use ops::{
     NormLinears, NormOps, StepOps, Store,
 };
 pub use quantised::HeadLayout;
-pub use step::{Rope, RopeStyle, StepBatch, WorkspaceShape};
+pub use step::{Rope, RopeStyle, SequenceKey, StepBatch, WorkspaceShape};
 
 /// Tokens of one cache page, on every backend (as in ExLlamaV2).
 pub const PAGE_TOKENS: usize = 256;

@@ -6,7 +6,7 @@
 use oxllama_format::{LinearHeader, LinearSource};
 use oxllama_memory::{Bytes, CacheFormat, DeviceId, Reservation};
 
-use crate::{DeviceError, HeadLayout, Rope, StepBatch, WorkspaceShape};
+use crate::{DeviceError, HeadLayout, Rope, SequenceKey, StepBatch, WorkspaceShape};
 
 /// Allocation and transfer.
 pub trait DeviceMemory: Send + Sync + 'static {
@@ -121,6 +121,21 @@ pub trait StepOps: DeviceMemory {
         ropes: &[Rope],
         workspace: &mut Self::Workspace,
     ) -> Result<(), DeviceError>;
+
+    /// Enqueues a step's operations by calling `enqueue`, or by replaying what an earlier call
+    /// with an equal `key` on this workspace has enqueued: a device that records sequences need
+    /// not be told each operation again. `None`: the operations depend on more than a key says.
+    ///
+    /// # Errors
+    /// Those of `enqueue`, and the device's own.
+    fn sequence<E: From<DeviceError>>(
+        &self,
+        _key: Option<SequenceKey>,
+        workspace: &mut Self::Workspace,
+        enqueue: impl FnOnce(&mut Self::Workspace) -> Result<(), E>,
+    ) -> Result<(), E> {
+        enqueue(workspace)
+    }
 }
 
 /// Which normalisation.
@@ -486,6 +501,22 @@ pub trait ElementwiseOps: StepOps {
         width: usize,
         out: &mut Self::Buffer,
     ) -> Result<(), DeviceError>;
+
+    /// `out[i, :] = x[rows[i], :]`, where `rows` are the step's [`StepBatch::logit_rows`], which
+    /// a device that records sequences reads from its own copy.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn gather_logit_rows(
+        &self,
+        x: &Self::Buffer,
+        rows: &[u32],
+        width: usize,
+        out: &mut Self::Buffer,
+        _workspace: &mut Self::Workspace,
+    ) -> Result<(), DeviceError> {
+        self.gather_rows(x, rows, width, out)
+    }
 
     /// `out[rows[i], :] += scale · x[i, :]`, f32 `[_, width]`: the way back of
     /// [`Self::gather_rows`]. No row is named twice.

@@ -45,6 +45,21 @@ pub struct StepBatch<'a> {
     pub page_tables: &'a [u32],
     /// Row length of `page_tables`.
     pub pages_per_sequence: usize,
+    /// Rows whose logits are wanted, in the order in which they are wanted; may be empty.
+    pub logit_rows: &'a [u32],
+}
+
+/// What, besides the step's inputs, makes one sequence of operations differ from another: two
+/// sequences of the same workspace with equal keys enqueue the same operations on the same
+/// buffers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct SequenceKey {
+    /// Rows of the step.
+    pub rows: usize,
+    /// Rows of the step whose logits are wanted.
+    pub logit_rows: usize,
+    /// Changes whenever a buffer that the sequence works on has been replaced.
+    pub generation: u64,
 }
 
 impl StepBatch<'_> {

@@ -76,6 +76,7 @@ impl Product {
             row_sequences: &vec![0; rows],
             page_tables: &pages,
             pages_per_sequence: pages.len(),
+            logit_rows: &[],
         };
         let begun = device.begin_step(&batch, &[], &mut workspace);
         begun.expect("the step fits");

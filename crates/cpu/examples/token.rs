@@ -218,6 +218,7 @@ fn main() {
             row_sequences: &vec![0; rows],
             page_tables: &page_table,
             pages_per_sequence: pages,
+            logit_rows: &[],
         };
         bench
             .device

@@ -143,6 +143,7 @@ fn a_step_allocates_nothing() {
                 row_sequences: &row_sequences,
                 page_tables: &[0, 1],
                 pages_per_sequence: 1,
+                logit_rows: &[],
             };
             // Once to warm up, once to count.
             let mut step = || {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use oxllama_backend::{
     AttentionArgs, CacheShape, Device, GatedLinear, HeadNorm, KvLayer, LinearOutput, LogitArgs,
-    Norm, NormLinears, PAGE_TOKENS, Rope, Store,
+    Norm, NormLinears, PAGE_TOKENS, Rope, SequenceKey, Store,
 };
 use oxllama_format::AdapterSource;
 
@@ -59,6 +59,8 @@ pub struct Decoder<D: Device> {
     /// Stored out_features of the head.
     head_width: usize,
     adapters: Adapters<D>,
+    /// Counts how often the cache's buffers have been replaced.
+    cache_generation: u64,
     /// `[max_logit_rows, head_width]`: the host's copy of the logits. Empty where the device's
     /// memory is the host's.
     logits: Vec<f32>,
@@ -87,6 +89,7 @@ impl<D: Device> Decoder<D> {
             stages,
             head_width,
             adapters,
+            cache_generation: 0,
         }
     }
 
@@ -111,12 +114,18 @@ impl<D: Device> Decoder<D> {
         Ok(())
     }
 
-    /// Runs the step's rows through embedding and layers; the last stage's `hidden` holds
-    /// the result.
+    /// Runs the step's rows through embedding, layers and head; the last stage's `logits` hold
+    /// those of the rows that are asked for.
     fn forward(&mut self, step: &StepPlan) -> Result<(), ModelError> {
         let rows = step.token_ids.len();
         let hidden_bytes = rows * self.spec.hidden_size * size_of::<f32>();
         let batch = step.batch();
+        // With adapters, the operations depend on which rows have which.
+        let key = (!self.adapters.are_used()).then_some(SequenceKey {
+            rows,
+            logit_rows: step.logit_rows.len(),
+            generation: self.cache_generation,
+        });
         for stage in &mut self.stages {
             stage
                 .device
@@ -124,81 +133,106 @@ impl<D: Device> Decoder<D> {
         }
         for index in 0..self.stages.len() {
             let (before, from_here) = self.stages.split_at_mut(index);
-            let stage = &mut from_here[0];
-            match (before.last(), &stage.embedding) {
-                (Some(previous), _) => stage.device.copy_from_peer(
-                    &previous.activations.hidden,
-                    &mut stage.activations.hidden,
-                    hidden_bytes,
-                )?,
-                (None, Some(table)) => stage.device.embed(
-                    table,
-                    self.spec.embedding_scale,
-                    &mut stage.activations.hidden,
-                    &mut stage.workspace,
-                )?,
+            let Stage {
+                device,
+                embedding,
+                layers,
+                head,
+                activations,
+                workspace,
+            } = &mut from_here[0];
+            if let Some(previous) = before.last() {
+                let source = &previous.activations.hidden;
+                device.copy_from_peer(source, &mut activations.hidden, hidden_bytes)?;
+            }
+            let (spec, adapters) = (&self.spec, &mut self.adapters);
+            device.sequence(key, workspace, |workspace| {
                 // Loading puts the embedding on the first device.
-                (None, None) => {}
-            }
-            for (place, layer) in stage.layers.iter_mut().enumerate() {
-                let mut pass = LayerPass {
-                    spec: &self.spec,
-                    device: &stage.device,
-                    adapted: self.adapters.layer(&stage.device, index, place),
-                    activations: &mut stage.activations,
-                    workspace: &mut stage.workspace,
-                    rows,
-                };
-                pass.run(layer)?;
-            }
+                if let (0, Some(table)) = (index, embedding) {
+                    let hidden = &mut activations.hidden;
+                    device.embed(table, spec.embedding_scale, hidden, workspace)?;
+                }
+                for (place, layer) in layers.iter_mut().enumerate() {
+                    let mut pass = LayerPass {
+                        spec,
+                        device,
+                        adapted: adapters.layer(device, index, place),
+                        activations,
+                        workspace,
+                        rows,
+                    };
+                    pass.run(layer)?;
+                }
+                match head {
+                    Some(head) if !step.logit_rows.is_empty() => {
+                        let head = (&*head, self.head_width);
+                        make_logits(spec, device, head, &step.logit_rows, activations, workspace)
+                    }
+                    _ => Ok(()),
+                }
+            })?;
         }
         Ok(())
     }
 
-    /// Makes the logits of `rows` of the last stage's hidden states and returns them where the
-    /// host can read them, without their padding.
-    fn make_logits(&mut self, rows: &[u32]) -> Result<&[f32], ModelError> {
+    /// The logits of `rows` rows that [`Self::forward`] has made, where the host can read them,
+    /// without their padding.
+    fn read_logits(&mut self, rows: usize) -> Result<&[f32], ModelError> {
         let Some(Stage {
             device,
-            head: Some(head),
             activations,
-            workspace,
             ..
         }) = self.stages.last_mut()
         else {
             return Ok(&[]);
         };
-        let (hidden_size, vocab_size) = (self.spec.hidden_size, self.spec.vocab_size);
-        device.gather_rows(
-            &activations.hidden,
-            rows,
-            hidden_size,
-            &mut activations.selected,
-        )?;
-        let mut linears = [LinearOutput {
-            weights: &*head.linear,
-            out: &mut activations.logits,
-        }];
-        let args = NormLinears {
-            norm: Some(&head.norm),
-            x: &activations.selected,
-            normed: &mut activations.normed,
-            linears: &mut linears,
-            rows: rows.len(),
-        };
-        device.norm_linears(args, workspace)?;
-        let args = LogitArgs {
-            rows: rows.len(),
-            width: self.head_width,
-            vocab_size,
-            scale: self.spec.logit_scale,
-            softcap: self.spec.logit_softcap,
-        };
-        device.finish_logits(&mut activations.logits, args)?;
-        let elements = rows.len() * self.head_width;
+        let elements = rows * self.head_width;
         let logits = device.read_f32(&mut activations.logits, elements, &mut self.logits)?;
-        Ok(without_padding(logits, self.head_width, vocab_size))
+        Ok(without_padding(
+            logits,
+            self.head_width,
+            self.spec.vocab_size,
+        ))
     }
+}
+
+/// `activations.logits` ← the head's logits of `rows` of `activations.hidden`. The head is given
+/// with its stored out_features.
+fn make_logits<D: Device>(
+    spec: &ModelSpec,
+    device: &D,
+    (head, head_width): (&Head<D>, usize),
+    rows: &[u32],
+    activations: &mut Activations<D::Buffer>,
+    workspace: &mut D::Workspace,
+) -> Result<(), ModelError> {
+    let Activations {
+        hidden,
+        normed,
+        selected,
+        logits,
+        ..
+    } = activations;
+    device.gather_logit_rows(hidden, rows, spec.hidden_size, selected, workspace)?;
+    let args = NormLinears {
+        norm: Some(&head.norm),
+        x: selected,
+        normed,
+        linears: &mut [LinearOutput {
+            weights: &*head.linear,
+            out: &mut *logits,
+        }],
+        rows: rows.len(),
+    };
+    device.norm_linears(args, workspace)?;
+    let args = LogitArgs {
+        rows: rows.len(),
+        width: head_width,
+        vocab_size: spec.vocab_size,
+        scale: spec.logit_scale,
+        softcap: spec.logit_softcap,
+    };
+    Ok(device.finish_logits(logits, args)?)
 }
 
 impl<D: Device> Runner for Decoder<D> {
@@ -221,7 +255,7 @@ impl<D: Device> Runner for Decoder<D> {
         if step.logit_rows.is_empty() {
             return Ok(&[]);
         }
-        self.make_logits(&step.logit_rows)
+        self.read_logits(step.logit_rows.len())
     }
 
     fn reshape_cache(&mut self, request: CacheRequest) -> Result<&RunnerLimits, ModelError> {
@@ -248,6 +282,7 @@ impl<D: Device> Runner for Decoder<D> {
         if pages == self.limits.pages && shape == cache.shape {
             return Ok(&self.limits);
         }
+        self.cache_generation += 1;
         let Adapters { ledger, owner, .. } = &self.adapters;
         if let Err(failure) = reshape(&mut self.stages, shape, ledger, owner) {
             if !failure.is_restored {

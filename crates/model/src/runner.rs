@@ -153,6 +153,7 @@ impl StepPlan {
             row_sequences: &self.row_sequences,
             page_tables: &self.page_tables,
             pages_per_sequence: self.pages_per_sequence,
+            logit_rows: &self.logit_rows,
         }
     }
 

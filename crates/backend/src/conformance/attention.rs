@@ -357,6 +357,7 @@ impl<'a, D: Device> Sequences<'a, D> {
             row_sequences: &row_sequences,
             page_tables: &self.page_tables(sequences, pages_per_sequence),
             pages_per_sequence,
+            logit_rows: &[],
         };
         bench.device.begin_step(&batch, &self.ropes, workspace)?;
 

@@ -231,6 +231,11 @@ impl<D: Device> Adapters<D> {
         Ok(())
     }
 
+    /// Whether a row of the step has an adapter.
+    pub(crate) fn are_used(&self) -> bool {
+        !self.groups.is_empty()
+    }
+
     /// The linears of layer `layer` of stage `stage`, whose device is `device`, with what
     /// this step's adapters add.
     pub(crate) fn layer<'a>(
