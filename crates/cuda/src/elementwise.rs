@@ -27,6 +27,7 @@ pub(crate) struct ElementwiseKernels {
     gate: Kernel,
     add: Kernel,
     gather_rows: Kernel,
+    gather_indexed: Kernel,
     scatter_add_rows: Kernel,
     finish_logits: Kernel,
     embed: Kernel,
@@ -40,6 +41,7 @@ impl ElementwiseKernels {
             gate: kernel("oxl_gate")?,
             add: kernel("oxl_add")?,
             gather_rows: kernel("oxl_gather_rows")?,
+            gather_indexed: kernel("oxl_gather_indexed")?,
             scatter_add_rows: kernel("oxl_scatter_add_rows")?,
             finish_logits: kernel("oxl_finish_logits")?,
             embed: kernel("oxl_embed")?,
@@ -78,6 +80,17 @@ struct RowsArgs {
     width: i32,
     scale: f32,
     rows: [u32; MOST_ROW_INDICES],
+}
+
+/// `GatherIndexedArgs` of `elementwise.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct GatherIndexedArgs {
+    x: CUdeviceptr,
+    out: CUdeviceptr,
+    indices: CUdeviceptr,
+    width: i32,
+    reserved: i32,
 }
 
 /// `FinishLogitsArgs` of `elementwise.cu`.
@@ -250,6 +263,27 @@ impl ElementwiseOps for CudaDevice {
         Ok(())
     }
 
+    fn gather_logit_rows(
+        &self,
+        x: &CudaBuffer,
+        rows: &[u32],
+        width: usize,
+        out: &mut CudaBuffer,
+        workspace: &mut CudaWorkspace,
+    ) -> Result<(), DeviceError> {
+        let args = GatherIndexedArgs {
+            x: x.floats(workspace.inputs.rows * width),
+            out: out.floats(rows.len() * width),
+            indices: workspace.inputs.logit_row_indices(),
+            width: width as i32,
+            reserved: 0,
+        };
+        let kernel = self.kernels().elementwise.gather_indexed;
+        // SAFETY: the structure is the kernel's; `begin_step` has held the indices to the
+        // step's rows, all of which `x` holds.
+        unsafe { self.launch(kernel, row_launch(rows.len(), width), &args) }
+    }
+
     fn scatter_add_rows(
         &self,
         x: &CudaBuffer,
@@ -331,6 +365,7 @@ mod tests {
         assert_eq!(size_of::<GateArgs>(), 32);
         assert_eq!(size_of::<AddArgs>(), 32);
         assert_eq!(size_of::<RowsArgs>(), 24 + 4 * MOST_ROW_INDICES);
+        assert_eq!(size_of::<GatherIndexedArgs>(), 32);
         assert_eq!(size_of::<FinishLogitsArgs>(), 24);
         assert_eq!(size_of::<EmbedArgs>(), 48);
     }

@@ -13,6 +13,7 @@ mod context;
 mod device;
 mod elementwise;
 mod error;
+mod graph;
 mod launch;
 mod library;
 mod module;

@@ -2,12 +2,13 @@
 
 use cudarc::driver::sys;
 use oxllama_backend::{
-    DeviceError, PAGE_TOKENS, Rope, RopeStyle, StepBatch, StepOps, WorkspaceShape,
+    DeviceError, PAGE_TOKENS, Rope, RopeStyle, SequenceKey, StepBatch, StepOps, WorkspaceShape,
 };
 use oxllama_memory::{Bytes, Reservation};
 
 use crate::buffer::CudaBuffer;
 use crate::device::CudaDevice;
+use crate::graph::{Found, Recorder, Recordings};
 use crate::launch::Launch;
 use crate::stream::{Event, PinnedBuffer};
 
@@ -87,8 +88,9 @@ pub(crate) struct StepInputs {
     pub(crate) ropes: Vec<RopeLayout>,
     /// Rows of the current step.
     pub(crate) rows: usize,
-    /// Rows of the current step whose logits are wanted.
-    pub(crate) logit_rows: usize,
+    /// Whether the current step is one of few rows a sequence, whose operations do not depend
+    /// on which sequences they are.
+    is_decode: bool,
 }
 
 impl StepInputs {
@@ -132,10 +134,23 @@ impl StepInputs {
     }
 }
 
+/// Most rows of a sequence in a step of [`is_decode`]: a token and the guesses that follow it.
+const MOST_DECODE_RUN: usize = 16;
+
+/// Most rows of a step of [`is_decode`].
+const MOST_DECODE_ROWS: usize = 64;
+
+/// Whether a step has few rows, and few of each sequence.
+fn is_decode(batch: &StepBatch<'_>) -> bool {
+    let runs = batch.row_sequences.chunk_by(|a, b| a == b);
+    batch.rows() <= MOST_DECODE_ROWS && runs.into_iter().all(|run| run.len() <= MOST_DECODE_RUN)
+}
+
 /// The step's inputs on the device and all scratch.
 #[derive(Debug)]
 pub struct CudaWorkspace {
     pub(crate) inputs: StepInputs,
+    recordings: Recordings,
 }
 
 /// `StepRope` of `step.cu`.
@@ -206,9 +221,12 @@ impl StepOps for CudaDevice {
             known_ropes: Vec::with_capacity(shape.ropes),
             ropes: Vec::with_capacity(shape.ropes),
             rows: 0,
-            logit_rows: 0,
+            is_decode: false,
         };
-        Ok(CudaWorkspace { inputs })
+        Ok(CudaWorkspace {
+            inputs,
+            recordings: Recordings::default(),
+        })
     }
 
     fn begin_step(
@@ -221,7 +239,7 @@ impl StepOps for CudaDevice {
         self.check_step(batch, ropes, &inputs.shape)?;
         self.know_ropes(ropes, inputs)?;
         inputs.rows = batch.rows();
-        inputs.logit_rows = 0;
+        inputs.is_decode = is_decode(batch);
         self.copy_inputs(batch, inputs)?;
         let mut step_ropes = [StepRope::default(); MOST_ROPES];
         for (index, rope) in ropes.iter().enumerate() {
@@ -241,7 +259,7 @@ impl StepOps for CudaDevice {
             angles: inputs.angles(0),
             ropes: step_ropes,
             rows: batch.rows() as i32,
-            logit_row_count: 0,
+            logit_row_count: batch.logit_rows.len() as i32,
             sequences: batch.sequences() as i32,
             pages: batch.pages_per_sequence as i32,
             table_stride: inputs.shape.pages_per_sequence as i32,
@@ -253,6 +271,33 @@ impl StepOps for CudaDevice {
         // SAFETY: the structure is the kernel's; `check_step` has held the step to the extents
         // that the workspace was made for.
         unsafe { self.launch(self.kernels().begin_step, Launch::linear(blocks, 64), &args) }
+    }
+
+    fn sequence<E: From<DeviceError>>(
+        &self,
+        key: Option<SequenceKey>,
+        workspace: &mut CudaWorkspace,
+        enqueue: impl FnOnce(&mut CudaWorkspace) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let Some(key) = key.filter(|_| workspace.inputs.is_decode) else {
+            return enqueue(workspace);
+        };
+        match workspace.recordings.find(&key) {
+            Found::Recording(recording) => Ok(recording.replay(self.stream())?),
+            // A first run loads what the driver loads lazily, which a recording may not.
+            Found::Nothing => {
+                workspace.recordings.note(key);
+                enqueue(workspace)
+            }
+            Found::RunOnce => {
+                let recorder = Recorder::start(self.context(), self.stream())?;
+                let enqueued = enqueue(workspace);
+                let recording = recorder.finish();
+                enqueued?;
+                let recording = workspace.recordings.keep(key, recording?);
+                Ok(recording.replay(self.stream())?)
+            }
+        }
     }
 }
 
@@ -266,9 +311,16 @@ impl CudaDevice {
     ) -> Result<(), DeviceError> {
         let pages = batch.pages_per_sequence;
         let last_position = batch.positions.iter().copied().max().unwrap_or(0) as usize;
+        let last_logit_row = batch
+            .logit_rows
+            .iter()
+            .max()
+            .map_or(0, |&row| row as usize + 1);
         let rotary_dim = ropes.iter().map(Rope::rotary_dim).max().unwrap_or(0);
         for (what, found, limit) in [
             ("rows", batch.rows(), shape.rows),
+            ("rows with logits", batch.logit_rows.len(), batch.rows()),
+            ("as the last row with logits", last_logit_row, batch.rows()),
             ("sequences", batch.sequences(), shape.sequences),
             ("pages per sequence", pages, shape.pages_per_sequence),
             (
@@ -342,6 +394,7 @@ impl CudaDevice {
             batch.token_ids,
             batch.positions,
             batch.row_sequences,
+            batch.logit_rows,
             batch.page_tables,
         ] {
             memory.as_mut_slice::<u32>()[words..][..array.len()].copy_from_slice(array);

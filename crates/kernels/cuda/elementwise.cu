@@ -154,6 +154,29 @@ extern "C" __global__ void __launch_bounds__(256)
     oxl::store_four(out, first, args.width, oxl::load_four(x, first, args.width));
 }
 
+struct GatherIndexedArgs {
+    // f32 [_, width]
+    const float* x;
+    // f32 [rows, width]
+    float* out;
+    // [rows]: which row of x, as the step's kernels wrote it.
+    const uint32_t* indices;
+    int32_t width;
+    int32_t reserved;
+};
+
+// out[i] = x[indices[i]]: the gather whose rows are an input of the step, so that a recorded step
+// can be replayed with others. Grid and bytes as above.
+extern "C" __global__ void __launch_bounds__(256)
+    oxl_gather_indexed(const __grid_constant__ GatherIndexedArgs args) {
+    const int first = 4 * (blockIdx.y * blockDim.x + threadIdx.x);
+    oxl::dependency_trigger();
+    oxl::dependency_wait();
+    const float* x = args.x + int64_t(args.indices[blockIdx.x]) * args.width;
+    float* out = args.out + int64_t(blockIdx.x) * args.width;
+    oxl::store_four(out, first, args.width, oxl::load_four(x, first, args.width));
+}
+
 // out[rows[i]] += scale * x[i], rounded once; no row twice. Grid (rows, blocks a row), four
 // elements a thread; bytes: 12 an element.
 extern "C" __global__ void __launch_bounds__(256)
