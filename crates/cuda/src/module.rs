@@ -5,10 +5,11 @@ use std::ffi::CString;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUmodule, CUresult};
-use oxllama_kernels::{UNITS, Unit};
+use oxllama_kernels::UNITS;
 
 use crate::context::Context;
 use crate::error::{CudaUnavailable, words};
+use crate::origin::{Origin, no_code};
 
 /// Every unit, loaded on one GPU.
 #[derive(Debug)]
@@ -28,27 +29,57 @@ impl Modules {
             context: Arc::clone(context),
             by_unit: HashMap::with_capacity(UNITS.len()),
         };
+        let origin = Origin::from_environment().map_err(|reason| modules.failed(reason))?;
+        context
+            .bind()
+            .map_err(|error| modules.failed(error.to_string()))?;
+        let mut missing = Vec::new();
         for unit in UNITS {
-            let module = modules.load_unit(unit)?;
-            modules.by_unit.insert(unit.name, module);
+            let image = unit.image.filter(|_| origin == Origin::Images);
+            let loaded = image.map(|image| modules.load_code(unit.name, image));
+            match loaded {
+                Some(Err(code)) if !does_not_fit(code) => {
+                    return Err(modules.failed(format!("unit {}: {}", unit.name, words(code))));
+                }
+                Some(Err(_)) | None => missing.push(unit),
+                Some(Ok(())) => {}
+            }
+        }
+        if missing.is_empty() {
+            return Ok(modules);
+        }
+        let mut version = 0;
+        // SAFETY: the driver is loaded; the function only writes the version.
+        let code = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+        if code != CUresult::CUDA_SUCCESS {
+            return Err(modules.failed(words(code)));
+        }
+        let codes = origin
+            .compile(&missing, context.info.capability, version / 1000)
+            .map_err(|error| {
+                modules.failed(match origin {
+                    Origin::Images => no_code(&error),
+                    Origin::Sources(_) => error.to_string(),
+                })
+            })?;
+        for (unit, code) in missing.iter().zip(&codes) {
+            modules
+                .load_code(unit.name, code)
+                .map_err(|code| modules.failed(format!("unit {}: {}", unit.name, words(code))))?;
         }
         Ok(modules)
     }
 
-    fn load_unit(&self, unit: &Unit) -> Result<CUmodule, CudaUnavailable> {
-        let Some(image) = unit.image else {
-            return Err(self.failed("this program was built without CUDA kernels".to_owned()));
-        };
-        self.context
-            .bind()
-            .map_err(|error| self.failed(error.to_string()))?;
+    /// Loads what nvcc or NVRTC made into the current context.
+    fn load_code(&mut self, unit: &'static str, code: &[u8]) -> Result<(), CUresult> {
         let mut module = std::ptr::null_mut();
-        // SAFETY: the image is a whole fat binary, whose own header says how long it is.
-        let code = unsafe { sys::cuModuleLoadData(&raw mut module, image.as_ptr().cast()) };
-        if code != CUresult::CUDA_SUCCESS {
-            return Err(self.failed(format!("unit {}: {}", unit.name, words(code))));
+        // SAFETY: a whole fat binary or cubin, whose own header says how long it is.
+        let result = unsafe { sys::cuModuleLoadData(&raw mut module, code.as_ptr().cast()) };
+        if result != CUresult::CUDA_SUCCESS {
+            return Err(result);
         }
-        Ok(module)
+        self.by_unit.insert(unit, module);
+        Ok(())
     }
 
     /// The entry `name` of `unit`, which may then use up to `shared_bytes` of dynamic shared
@@ -88,6 +119,20 @@ impl Modules {
             reason,
         }
     }
+}
+
+/// Whether the driver's answer means that an image has nothing for this GPU and driver, so that
+/// code made for them may do.
+fn does_not_fit(code: CUresult) -> bool {
+    matches!(
+        code,
+        CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+            | CUresult::CUDA_ERROR_INVALID_IMAGE
+            | CUresult::CUDA_ERROR_INVALID_PTX
+            | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
+            | CUresult::CUDA_ERROR_JIT_COMPILER_NOT_FOUND
+            | CUresult::CUDA_ERROR_JIT_COMPILATION_DISABLED
+    )
 }
 
 impl Drop for Modules {
