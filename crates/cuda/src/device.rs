@@ -10,6 +10,7 @@ use crate::buffer::CudaBuffer;
 use crate::context::{Context, GpuInfo};
 use crate::elementwise::ElementwiseKernels;
 use crate::error::CudaUnavailable;
+use crate::linear::{BlasLt, LinearKernels, LoaderPool};
 use crate::module::{Kernel, Modules};
 use crate::prepare::PrepareKernels;
 use crate::stream::Stream;
@@ -20,6 +21,7 @@ pub(crate) struct Kernels {
     pub(crate) begin_step: Kernel,
     pub(crate) prepare: PrepareKernels,
     pub(crate) elementwise: ElementwiseKernels,
+    pub(crate) linear: LinearKernels,
 }
 
 impl Kernels {
@@ -28,6 +30,7 @@ impl Kernels {
             begin_step: modules.kernel("step", "oxl_begin_step", 0)?,
             prepare: PrepareKernels::find(modules, gpu)?,
             elementwise: ElementwiseKernels::find(modules)?,
+            linear: LinearKernels::find(modules)?,
         })
     }
 }
@@ -37,6 +40,8 @@ impl Kernels {
 struct Shared {
     // Dropped first: what uses the modules and the context goes before them.
     stream: Stream,
+    loaders: LoaderPool,
+    blaslt: Option<BlasLt>,
     kernels: Kernels,
     _modules: Modules,
     context: Arc<Context>,
@@ -66,6 +71,8 @@ impl CudaDevice {
         Ok(Self {
             shared: Arc::new(Shared {
                 stream: opened("creating a stream", Stream::new(&context))?,
+                loaders: LoaderPool::default(),
+                blaslt: BlasLt::open(),
                 kernels: Kernels::find(&modules, gpu)?,
                 _modules: modules,
                 context,
@@ -100,6 +107,16 @@ impl CudaDevice {
 
     pub(crate) fn stream(&self) -> &Stream {
         &self.shared.stream
+    }
+
+    /// What threads that load weights use, one each.
+    pub(crate) fn loaders(&self) -> &LoaderPool {
+        &self.shared.loaders
+    }
+
+    /// The library for products of many rows, where it is installed.
+    pub(crate) fn blaslt(&self) -> Option<&BlasLt> {
+        self.shared.blaslt.as_ref()
     }
 
     pub(crate) fn kernels(&self) -> &Kernels {

@@ -7,6 +7,7 @@ use oxllama_backend::DeviceError;
 
 use crate::device::CudaDevice;
 use crate::module::Kernel;
+use crate::stream::Stream;
 
 /// Extents of a launch.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +44,21 @@ impl CudaDevice {
         launch: Launch,
         args: &A,
     ) -> Result<(), DeviceError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_on(self.stream(), kernel, launch, args) }
+    }
+
+    /// [`Self::launch`] on another stream of the device.
+    ///
+    /// # Safety
+    /// As [`Self::launch`].
+    pub(crate) unsafe fn launch_on<A: Copy>(
+        &self,
+        stream: &Stream,
+        kernel: Kernel,
+        launch: Launch,
+        args: &A,
+    ) -> Result<(), DeviceError> {
         if launch.grid.contains(&0) {
             return Ok(());
         }
@@ -63,7 +79,7 @@ impl CudaDevice {
             blockDimY: launch.block[1] as u32,
             blockDimZ: launch.block[2] as u32,
             sharedMemBytes: launch.shared_bytes as u32,
-            hStream: self.stream().handle(),
+            hStream: stream.handle(),
             attrs: &raw mut attribute,
             numAttrs: u32::from(has_dependent_launch),
         };

@@ -10,6 +10,7 @@ use crate::buffer::CudaBuffer;
 use crate::device::CudaDevice;
 use crate::graph::{Found, Recorder, Recordings};
 use crate::launch::Launch;
+use crate::linear::LinearScratch;
 use crate::stream::{Event, PinnedBuffer};
 
 /// Parts of one allocation start at multiples of this: what every load of a kernel is aligned to.
@@ -150,6 +151,8 @@ fn is_decode(batch: &StepBatch<'_>) -> bool {
 #[derive(Debug)]
 pub struct CudaWorkspace {
     pub(crate) inputs: StepInputs,
+    /// At the end of the inputs' memory.
+    pub(crate) linear: LinearScratch,
     recordings: Recordings,
 }
 
@@ -188,7 +191,9 @@ impl StepOps for CudaDevice {
     type Workspace = CudaWorkspace;
 
     fn workspace_bytes(&self, shape: &WorkspaceShape) -> Bytes {
-        Bytes::from_usize(Offsets::of(shape).end)
+        let has_library = self.blaslt().is_some();
+        let linear = LinearScratch::bytes(shape, self.info().multiprocessors, has_library);
+        Bytes::from_usize(Offsets::of(shape).end + linear)
     }
 
     fn create_workspace(
@@ -223,8 +228,15 @@ impl StepOps for CudaDevice {
             rows: 0,
             is_decode: false,
         };
+        let linear = LinearScratch::new(
+            shape,
+            self.info().multiprocessors,
+            self.blaslt().is_some(),
+            inputs.memory.at(offsets.end),
+        );
         Ok(CudaWorkspace {
             inputs,
+            linear,
             recordings: Recordings::default(),
         })
     }

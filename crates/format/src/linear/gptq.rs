@@ -283,6 +283,27 @@ impl<'a> GptqLinear<'a> {
         rows
     }
 
+    /// Whether a `g_idx` changes the order of the groups; without, [`GptqLinear::permutation`]
+    /// is the identity.
+    pub fn is_reordered(&self) -> bool {
+        self.row_groups.is_some()
+    }
+
+    /// The packed codes `[K/8, N]`, as stored: input k is nibble `k % 8` of word row `k / 8`.
+    pub fn words(&self) -> &[u32] {
+        &self.words
+    }
+
+    /// The packed zero points `[G, N/8]`, as stored: column n is nibble `n % 8` of word `n / 8`.
+    pub fn zero_words(&self) -> &[u32] {
+        &self.zero_words
+    }
+
+    /// What is added to a stored zero point: 1 in v1, 0 in v2.
+    pub fn zero_offset(&self) -> u32 {
+        self.zero_offset
+    }
+
     /// The scales `[G, N]`.
     pub fn scales(&self) -> &[f16] {
         &self.scales

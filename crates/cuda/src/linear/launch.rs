@@ -1,0 +1,313 @@
+//! Enqueues products of fp16 rows in packed order with loaded weights.
+
+use cudarc::driver::sys::CUdeviceptr;
+use oxllama_backend::{DeviceError, Store};
+
+use super::blaslt::Product;
+use super::layout::{TILE_OUTPUTS, TileMatrix};
+use super::plan::{MOST_WARPS, RING_BYTES};
+use super::scratch::{FEW_ROWS, LinearScratch};
+use super::{CudaLinear, MOST_MATRICES};
+use crate::device::CudaDevice;
+use crate::error::CudaUnavailable;
+use crate::launch::Launch;
+use crate::module::{Kernel, Modules};
+
+/// Rows of the largest launch that multiplies weights as they are stored.
+const ROWS_OF_LAUNCH: usize = 32;
+
+/// Warps of a block of `oxl_dequantise`, and the blocks of weights that one takes.
+const DEQUANTISE_WARPS: usize = 8;
+const DEQUANTISE_BLOCKS: usize = 4;
+
+/// Threads of a block of `oxl_add_bias`.
+const BIAS_THREADS: usize = 256;
+
+/// Most blocks of a grid's second extent.
+const MOST_GRID_ROWS: usize = 65_535;
+
+/// `LinearMatrix` of `linear.cu`.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+struct LinearMatrix {
+    matrix: TileMatrix,
+    x: CUdeviceptr,
+    bias: CUdeviceptr,
+    out: CUdeviceptr,
+    out_features: i32,
+    first_cta: i32,
+    split_k: i32,
+    warps: i32,
+    first_counter: i32,
+    first_partial: i32,
+}
+
+/// `LinearArgs` of `linear.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct LinearArgs {
+    matrices: [LinearMatrix; MOST_MATRICES],
+    partials: CUdeviceptr,
+    counters: CUdeviceptr,
+    matrix_count: i32,
+    rows: i32,
+    accumulate: i32,
+    store_scale: f32,
+}
+
+/// `DequantiseArgs` of `dequantise.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct DequantiseArgs {
+    matrix: TileMatrix,
+    out: CUdeviceptr,
+    first_tile: i32,
+    tiles: i32,
+}
+
+/// `AddBiasArgs` of `dequantise.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct AddBiasArgs {
+    bias: CUdeviceptr,
+    out: CUdeviceptr,
+    rows: i32,
+    width: i32,
+    scale: f32,
+    reserved: i32,
+}
+
+/// The entries of `linear.cu`, `dequantise.cu` and `repack.cu`.
+#[derive(Debug)]
+pub(crate) struct LinearKernels {
+    /// Up to 8, 16 and 32 rows.
+    by_rows: [Kernel; 3],
+    dequantise: Kernel,
+    add_bias: Kernel,
+    pub(super) repack_exl2: Kernel,
+    pub(super) repack_gptq: Kernel,
+    pub(super) repack_float: Kernel,
+    pub(super) repack_exl2_scales: Kernel,
+    pub(super) repack_gptq_scales: Kernel,
+}
+
+impl LinearKernels {
+    pub(crate) fn find(modules: &Modules) -> Result<Self, CudaUnavailable> {
+        let rings = MOST_WARPS * RING_BYTES;
+        let linear = |name| modules.kernel("linear", name, rings);
+        let repack = |name| modules.kernel("repack", name, 0);
+        Ok(Self {
+            by_rows: [
+                linear("oxl_linear_8")?,
+                linear("oxl_linear_16")?,
+                linear("oxl_linear_32")?,
+            ],
+            dequantise: modules.kernel("dequantise", "oxl_dequantise", 0)?,
+            add_bias: modules.kernel("dequantise", "oxl_add_bias", 0)?,
+            repack_exl2: repack("oxl_repack_exl2")?,
+            repack_gptq: repack("oxl_repack_gptq")?,
+            repack_float: repack("oxl_repack_float")?,
+            repack_exl2_scales: repack("oxl_repack_exl2_scales")?,
+            repack_gptq_scales: repack("oxl_repack_gptq_scales")?,
+        })
+    }
+}
+
+/// One matrix of a group, its rows and where the result goes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Operand<'a> {
+    pub(crate) weights: &'a CudaLinear,
+    /// f16 `[rows, padded inputs]`, in the matrix' packed order.
+    pub(crate) x: CUdeviceptr,
+    /// f32 `[rows, out_features]`
+    pub(crate) out: CUdeviceptr,
+}
+
+/// `(1 if the output keeps its old contents, factor of the product)`
+fn store_numbers(store: Store) -> (i32, f32) {
+    match store {
+        Store::Overwrite => (0, 1.0),
+        Store::Add { scale } => (1, scale),
+    }
+}
+
+/// The matrices of one launch, its blocks of threads and their warps.
+fn divide(
+    operands: &[Operand<'_>],
+    first_row: usize,
+) -> ([LinearMatrix; MOST_MATRICES], usize, usize) {
+    let mut matrices = [LinearMatrix::default(); MOST_MATRICES];
+    let (mut ctas, mut warps, mut counters, mut partials) = (0, 0, 0, 0);
+    for (target, operand) in matrices.iter_mut().zip(operands) {
+        let weights = operand.weights;
+        let (layout, plan) = (&weights.layout, weights.plan);
+        let x_bytes = first_row * layout.padded_inputs() * 2;
+        let out_bytes = first_row * weights.out_features * 4;
+        *target = LinearMatrix {
+            matrix: weights.matrix,
+            x: operand.x + x_bytes as u64,
+            bias: weights.bias.unwrap_or(0),
+            out: operand.out + out_bytes as u64,
+            out_features: weights.out_features as i32,
+            first_cta: ctas as i32,
+            split_k: plan.split_k as i32,
+            warps: plan.warps as i32,
+            first_counter: counters,
+            first_partial: partials,
+        };
+        ctas += layout.tiles * plan.split_k;
+        warps = warps.max(plan.warps);
+        if plan.split_k > 1 {
+            counters += layout.tiles as i32;
+            partials += (layout.tiles * plan.split_k) as i32;
+        }
+    }
+    (matrices, ctas, warps)
+}
+
+impl CudaDevice {
+    /// `out ← store(W · x + bias)` for one to [`MOST_MATRICES`] matrices and `rows` rows each.
+    ///
+    /// # Safety
+    /// The operands' addresses point to what they say, for `rows` rows, and stay allocated until
+    /// the stream has passed this.
+    pub(super) unsafe fn multiply(
+        &self,
+        operands: &[Operand<'_>],
+        rows: usize,
+        store: Store,
+        scratch: &LinearScratch,
+    ) -> Result<(), DeviceError> {
+        if rows <= FEW_ROWS {
+            // SAFETY: the caller's promise.
+            return unsafe { self.multiply_few(operands, rows, store, scratch) };
+        }
+        for operand in operands {
+            // SAFETY: the caller's promise.
+            if !unsafe { self.multiply_unpacked(operand, rows, store, scratch)? } {
+                let operand = std::slice::from_ref(operand);
+                // SAFETY: as above.
+                unsafe { self.multiply_few(operand, rows, store, scratch)? };
+            }
+        }
+        Ok(())
+    }
+
+    /// Multiplies weights as they are stored, in passes of [`ROWS_OF_LAUNCH`] rows.
+    ///
+    /// # Safety
+    /// As [`Self::multiply`].
+    unsafe fn multiply_few(
+        &self,
+        operands: &[Operand<'_>],
+        rows: usize,
+        store: Store,
+        scratch: &LinearScratch,
+    ) -> Result<(), DeviceError> {
+        let (accumulate, store_scale) = store_numbers(store);
+        let kernels = &self.kernels().linear;
+        for first_row in (0..rows).step_by(ROWS_OF_LAUNCH) {
+            let count = (rows - first_row).min(ROWS_OF_LAUNCH);
+            let (matrices, ctas, warps) = divide(operands, first_row);
+            let args = LinearArgs {
+                matrices,
+                partials: scratch.partials(),
+                counters: scratch.counters(),
+                matrix_count: operands.len() as i32,
+                rows: count as i32,
+                accumulate,
+                store_scale,
+            };
+            let kernel = match count {
+                0..=8 => kernels.by_rows[0],
+                9..=16 => kernels.by_rows[1],
+                _ => kernels.by_rows[2],
+            };
+            let launch = Launch {
+                shared_bytes: warps * RING_BYTES,
+                ..Launch::linear(ctas, warps * 32)
+            };
+            // SAFETY: the structure is the kernel's; `most_partials` bounds what the plans of
+            // five matrices use of the scratch; the rest is the caller's promise.
+            unsafe { self.launch(kernel, launch, &args)? };
+        }
+        Ok(())
+    }
+
+    /// Unpacks the weights to fp16, some tiles at a time, and lets the library multiply them.
+    /// False, and nothing is done, where it cannot.
+    ///
+    /// # Safety
+    /// As [`Self::multiply`].
+    unsafe fn multiply_unpacked(
+        &self,
+        operand: &Operand<'_>,
+        rows: usize,
+        store: Store,
+        scratch: &LinearScratch,
+    ) -> Result<bool, DeviceError> {
+        let weights = operand.weights;
+        let layout = &weights.layout;
+        let inputs = layout.padded_inputs();
+        let (unpacked, most_tiles) = scratch.unpacked(inputs);
+        let Some(library) = self.blaslt().filter(|_| most_tiles > 0) else {
+            return Ok(false);
+        };
+        let (accumulate, scale) = store_numbers(store);
+        for first_tile in (0..layout.tiles).step_by(most_tiles) {
+            let tiles = (layout.tiles - first_tile).min(most_tiles);
+            let first = first_tile * TILE_OUTPUTS;
+            let product = Product {
+                outputs: (weights.out_features - first).min(tiles * TILE_OUTPUTS),
+                rows,
+                inputs,
+                out_stride: weights.out_features,
+                weights: unpacked,
+                x: operand.x,
+                out: operand.out + (first * size_of::<f32>()) as u64,
+                factor: scale * weights.matrix.scale,
+                accumulate: accumulate != 0,
+            };
+            // Whether it can is asked for all pieces before the first is done: a later one
+            // differs in its number of outputs alone, and whole tiles are no harder.
+            let can = library.can_multiply(&product, self)?;
+            if !can && first_tile == 0 {
+                return Ok(false);
+            }
+            let args = DequantiseArgs {
+                matrix: weights.matrix,
+                out: unpacked,
+                first_tile: first_tile as i32,
+                tiles: tiles as i32,
+            };
+            let warps = tiles * layout.blocks.div_ceil(DEQUANTISE_BLOCKS);
+            let launch = Launch::linear(warps.div_ceil(DEQUANTISE_WARPS), DEQUANTISE_WARPS * 32);
+            // SAFETY: the structure is the kernel's; the scratch holds as many tiles.
+            unsafe { self.launch(self.kernels().linear.dequantise, launch, &args)? };
+            // SAFETY: the scratch holds the library's part; the rest is the caller's promise.
+            unsafe { library.multiply(&product, scratch.library(), self)? };
+        }
+        if let Some(bias) = weights.bias {
+            let args = AddBiasArgs {
+                bias,
+                out: operand.out,
+                rows: rows as i32,
+                width: weights.out_features as i32,
+                scale,
+                reserved: 0,
+            };
+            let launch = Launch {
+                grid: [
+                    weights.out_features.div_ceil(BIAS_THREADS),
+                    rows.min(MOST_GRID_ROWS),
+                    1,
+                ],
+                block: [BIAS_THREADS, 1, 1],
+                shared_bytes: 0,
+            };
+            // SAFETY: the structure is the kernel's; the rest is the caller's promise.
+            unsafe { self.launch(self.kernels().linear.add_bias, launch, &args)? };
+        }
+        Ok(true)
+    }
+}

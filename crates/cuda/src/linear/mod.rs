@@ -1,0 +1,265 @@
+//! Linear weights on the device, and products with them.
+
+mod blaslt;
+mod launch;
+mod layout;
+mod load;
+mod plan;
+mod scratch;
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use cudarc::driver::sys::CUdeviceptr;
+use oxllama_backend::{DeviceError, GatedLinear, LinearOps, LinearOutput, NormLinears, Store};
+use oxllama_format::{LinearHeader, LinearSource};
+use oxllama_memory::{Bytes, Reservation};
+
+use crate::buffer::CudaBuffer;
+use crate::device::CudaDevice;
+use crate::elementwise::EmbedTable;
+use crate::prepare::{MOST_PREPARED, Prepare, PreparedRows};
+use crate::step::CudaWorkspace;
+pub(crate) use blaslt::BlasLt;
+pub(crate) use launch::LinearKernels;
+use launch::Operand;
+use layout::{Layout, TileMatrix};
+pub(crate) use load::LoaderPool;
+use plan::Plan;
+use scratch::FEW_ROWS;
+pub(crate) use scratch::LinearScratch;
+
+/// Matrices of one launch; `MOST_MATRICES` in `linear.cu`.
+pub(crate) const MOST_MATRICES: usize = 5;
+
+/// Weights in the device's layout, in one allocation.
+#[derive(Debug)]
+pub struct CudaLinear {
+    in_features: usize,
+    out_features: usize,
+    layout: Layout,
+    plan: Plan,
+    matrix: TileMatrix,
+    /// u32 `[in_features]`: the input at each packed place; `None`: its own.
+    permutation: Option<CUdeviceptr>,
+    /// Tells permutations apart; equal for those that are none.
+    order: u64,
+    /// f32 `[out_features]`
+    bias: Option<CUdeviceptr>,
+    /// Where all of it lies.
+    _buffer: CudaBuffer,
+}
+
+/// A number that stands for an order of inputs.
+fn hash_of(order: &[u32]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    order.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Which orders of inputs a run of linears needs.
+#[derive(Debug, Default)]
+struct Orders {
+    /// Hash, and where the permutation lies.
+    distinct: [(u64, Option<CUdeviceptr>); MOST_PREPARED],
+    count: usize,
+}
+
+impl Orders {
+    /// The place of `weights`' order among at most `most`; `None` if it would be one more.
+    fn slot_of(&mut self, weights: &CudaLinear, most: usize) -> Option<usize> {
+        let known = &self.distinct[..self.count];
+        if let Some(slot) = known.iter().position(|&(hash, _)| hash == weights.order) {
+            return Some(slot);
+        }
+        let slot = self.count;
+        if slot == most {
+            return None;
+        }
+        self.distinct[slot] = (weights.order, weights.permutation);
+        self.count += 1;
+        Some(slot)
+    }
+}
+
+impl CudaDevice {
+    /// `out_i ← store(W_i · x + bias_i)` for linears that read one input, which `rows` says how
+    /// to make; its outputs and padding are filled in here.
+    fn multiply_shared(
+        &self,
+        rows: Prepare<'_>,
+        linears: &mut [LinearOutput<'_, CudaLinear, CudaBuffer>],
+        store: Store,
+        scratch: &LinearScratch,
+    ) -> Result<(), DeviceError> {
+        let most_orders = if rows.rows > FEW_ROWS {
+            1
+        } else {
+            MOST_PREPARED
+        };
+        let mut rest = linears;
+        while !rest.is_empty() && rows.rows > 0 {
+            let mut orders = Orders::default();
+            let mut slots = [0; MOST_MATRICES];
+            let mut count = 0;
+            for (slot, output) in slots.iter_mut().zip(&*rest) {
+                match orders.slot_of(output.weights, most_orders) {
+                    Some(found) => *slot = found,
+                    None => break,
+                }
+                count += 1;
+            }
+            let (group, later) = rest.split_at_mut(count);
+            rest = later;
+            self.multiply_group(rows, &orders, group, &slots, store, scratch)?;
+        }
+        Ok(())
+    }
+
+    /// The same for linears of few enough orders of inputs, in one launch each of preparation
+    /// and product.
+    fn multiply_group(
+        &self,
+        mut rows: Prepare<'_>,
+        orders: &Orders,
+        group: &mut [LinearOutput<'_, CudaLinear, CudaBuffer>],
+        slots: &[usize; MOST_MATRICES],
+        store: Store,
+        scratch: &LinearScratch,
+    ) -> Result<(), DeviceError> {
+        let first = group[0].weights;
+        rows.padded_width = first.layout.padded_inputs();
+        let mut prepared = [PreparedRows {
+            permutation: None,
+            out: 0,
+        }; MOST_PREPARED];
+        for (slot, prepared) in prepared[..orders.count].iter_mut().enumerate() {
+            let out = scratch.activations(slot, rows.rows, rows.padded_width);
+            prepared.permutation = orders.distinct[slot].1;
+            prepared.out = out.ok_or_else(|| DeviceError::StepTooLarge {
+                device: self.context().id().clone(),
+                what: "rows of a linear",
+                found: rows.rows,
+                limit: scratch.rows,
+            })?;
+        }
+        let unused = Operand {
+            weights: first,
+            x: 0,
+            out: 0,
+        };
+        let mut operands = [unused; MOST_MATRICES];
+        for ((operand, output), &slot) in operands.iter_mut().zip(&mut *group).zip(slots) {
+            assert_eq!(
+                output.weights.in_features, rows.width,
+                "linears of one input"
+            );
+            *operand = Operand {
+                weights: output.weights,
+                x: prepared[slot].out,
+                out: output.out.floats(rows.rows * output.weights.out_features),
+            };
+        }
+        // SAFETY: the scratch holds the rows of every order; permutations belong to weights of
+        // this width; outputs hold as many rows, and all of it outlives the step.
+        unsafe {
+            self.prepare(rows, &prepared[..orders.count])?;
+            self.multiply(&operands[..group.len()], rows.rows, store, scratch)
+        }
+    }
+}
+
+/// Rows as they come.
+fn plain_rows(x: &CudaBuffer, rows: usize, width: usize) -> Prepare<'_> {
+    Prepare {
+        x,
+        gate: None,
+        norm: None,
+        rows,
+        width,
+        padded_width: 0,
+    }
+}
+
+impl LinearOps for CudaDevice {
+    type Linear = CudaLinear;
+
+    fn linear_bytes(&self, header: &LinearHeader) -> Bytes {
+        Bytes::from_usize(Layout::new(header).total)
+    }
+
+    fn load_linear(
+        &self,
+        source: &LinearSource<'_>,
+        reservation: Reservation,
+    ) -> Result<CudaLinear, DeviceError> {
+        self.load(source, reservation)
+    }
+
+    fn linear_shape(&self, weights: &CudaLinear) -> (usize, usize) {
+        (weights.in_features, weights.out_features)
+    }
+
+    fn embed(
+        &self,
+        table: &CudaLinear,
+        scale: f32,
+        out: &mut CudaBuffer,
+        workspace: &mut CudaWorkspace,
+    ) -> Result<(), DeviceError> {
+        assert!(
+            table.layout.is_float(),
+            "an embedding is a linear of floats"
+        );
+        let rows = EmbedTable {
+            weights: table.matrix.weights,
+            output_scales: None,
+            tokens: table.out_features,
+            width: table.in_features,
+        };
+        // SAFETY: the table is a loaded matrix of floats of these extents.
+        unsafe { self.launch_embed(rows, scale * table.matrix.scale, out, workspace) }
+    }
+
+    fn linear(
+        &self,
+        x: &CudaBuffer,
+        output: LinearOutput<'_, CudaLinear, CudaBuffer>,
+        store: Store,
+        rows: usize,
+        workspace: &mut CudaWorkspace,
+    ) -> Result<(), DeviceError> {
+        let rows = plain_rows(x, rows, output.weights.in_features);
+        self.multiply_shared(rows, &mut [output], store, &workspace.linear)
+    }
+
+    fn norm_linears(
+        &self,
+        args: NormLinears<'_, CudaLinear, CudaBuffer>,
+        workspace: &mut CudaWorkspace,
+    ) -> Result<(), DeviceError> {
+        let Some(first) = args.linears.first() else {
+            return Ok(());
+        };
+        let rows = Prepare {
+            norm: args.norm,
+            ..plain_rows(args.x, args.rows, first.weights.in_features)
+        };
+        self.multiply_shared(rows, args.linears, Store::Overwrite, &workspace.linear)
+    }
+
+    fn gated_linear(
+        &self,
+        args: GatedLinear<'_, CudaLinear, CudaBuffer>,
+        workspace: &mut CudaWorkspace,
+    ) -> Result<(), DeviceError> {
+        let rows = Prepare {
+            gate: Some((args.activation, &*args.gate)),
+            ..plain_rows(args.up, args.rows, args.weights.in_features)
+        };
+        let output = LinearOutput {
+            weights: args.weights,
+            out: args.out,
+        };
+        self.multiply_shared(rows, &mut [output], args.store, &workspace.linear)
+    }
+}

@@ -1,0 +1,205 @@
+//! The memory that products need beside their operands, as a part of the workspace.
+
+use cudarc::driver::sys::CUdeviceptr;
+use oxllama_backend::WorkspaceShape;
+
+use super::MOST_MATRICES;
+use super::layout::{BLOCK_INPUTS, TILE_OUTPUTS};
+use super::plan::{RING_BYTES, most_partials};
+use crate::prepare::MOST_PREPARED;
+use crate::step::aligned;
+
+/// Rows up to which weights are multiplied as they are stored. From there on unpacking them to
+/// fp16 once costs less than the tensor cores lose on narrow products.
+pub(crate) const FEW_ROWS: usize = 64;
+
+/// Most bytes of weights that are unpacked at a time.
+const MOST_UNPACKED_BYTES: usize = 64 << 20;
+
+/// What the library may use for its own.
+pub(crate) const LIBRARY_BYTES: usize = 32 << 20;
+
+const HALF: usize = 2;
+
+/// Where each part starts, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Parts {
+    activations: usize,
+    activation_bytes: usize,
+    partials: usize,
+    counters: usize,
+    unpacked: usize,
+    unpacked_bytes: usize,
+    library: usize,
+    end: usize,
+}
+
+impl Parts {
+    fn of(shape: &WorkspaceShape, multiprocessors: usize, has_library: bool) -> Self {
+        let inputs = shape.max_in_features.next_multiple_of(BLOCK_INPUTS);
+        let outputs = shape.max_out_features.next_multiple_of(TILE_OUTPUTS);
+        // Several orders of inputs at a time up to FEW_ROWS, one above.
+        let rows = shape.rows.max(MOST_PREPARED * shape.rows.min(FEW_ROWS));
+        let activation_bytes = aligned(rows * inputs * HALF) + MOST_PREPARED * aligned(1);
+        let partials = most_partials(MOST_MATRICES, multiprocessors);
+        let uses_library = has_library && shape.rows > FEW_ROWS;
+        let tile_bytes = TILE_OUTPUTS * inputs * HALF;
+        let unpacked_bytes = match uses_library {
+            true => MOST_UNPACKED_BYTES.clamp(tile_bytes, tile_bytes.max(outputs * inputs * HALF)),
+            false => 0,
+        };
+        let mut end = 0;
+        let mut part = |bytes: usize| {
+            let start = end;
+            end = start + aligned(bytes);
+            start
+        };
+        Self {
+            activations: part(activation_bytes),
+            activation_bytes,
+            partials: part(partials * RING_BYTES),
+            counters: part(partials * size_of::<u32>()),
+            unpacked: part(unpacked_bytes),
+            unpacked_bytes,
+            library: part(if uses_library { LIBRARY_BYTES } else { 0 }),
+            end,
+        }
+    }
+}
+
+/// The products' scratch on the device. All zero before the first product.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LinearScratch {
+    address: CUdeviceptr,
+    parts: Parts,
+    /// Rows that there is room for.
+    pub(crate) rows: usize,
+}
+
+impl LinearScratch {
+    /// Bytes that products of steps up to `shape` need.
+    pub(crate) fn bytes(
+        shape: &WorkspaceShape,
+        multiprocessors: usize,
+        has_library: bool,
+    ) -> usize {
+        Parts::of(shape, multiprocessors, has_library).end
+    }
+
+    /// The same bytes, from `address` on.
+    pub(crate) fn new(
+        shape: &WorkspaceShape,
+        multiprocessors: usize,
+        has_library: bool,
+        address: CUdeviceptr,
+    ) -> Self {
+        Self {
+            address,
+            parts: Parts::of(shape, multiprocessors, has_library),
+            rows: shape.rows,
+        }
+    }
+
+    fn at(&self, offset: usize) -> CUdeviceptr {
+        self.address + offset as u64
+    }
+
+    /// Where fp16 rows `[rows, padded_inputs]` of one order of inputs go; `slot` is 0 for more
+    /// than [`FEW_ROWS`]. `None` if there is no room.
+    pub(crate) fn activations(
+        &self,
+        slot: usize,
+        rows: usize,
+        padded_inputs: usize,
+    ) -> Option<CUdeviceptr> {
+        let bytes = aligned(rows * padded_inputs * HALF);
+        let start = slot * bytes;
+        (start + bytes <= self.parts.activation_bytes)
+            .then(|| self.at(self.parts.activations + start))
+    }
+
+    /// f32 `[most_partials, 32, 32]`
+    pub(crate) fn partials(&self) -> CUdeviceptr {
+        self.at(self.parts.partials)
+    }
+
+    /// u32 `[most_partials]`
+    pub(crate) fn counters(&self) -> CUdeviceptr {
+        self.at(self.parts.counters)
+    }
+
+    /// Where unpacked weights go, and how many tiles of a matrix at a time.
+    pub(crate) fn unpacked(&self, padded_inputs: usize) -> (CUdeviceptr, usize) {
+        let tiles = self.parts.unpacked_bytes / (TILE_OUTPUTS * padded_inputs * HALF);
+        (self.at(self.parts.unpacked), tiles)
+    }
+
+    /// [`LIBRARY_BYTES`] where there are unpacked weights.
+    pub(crate) fn library(&self) -> CUdeviceptr {
+        self.at(self.parts.library)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(rows: usize, max_in_features: usize, max_out_features: usize) -> WorkspaceShape {
+        WorkspaceShape {
+            rows,
+            sequences: 1,
+            pages_per_sequence: 1,
+            max_in_features,
+            max_out_features,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 32,
+            rotary_dim: 0,
+            ropes: 0,
+        }
+    }
+
+    #[test]
+    fn there_is_room_for_every_order_of_few_rows_and_one_of_many() {
+        for (rows, inputs) in [
+            (1, 1),
+            (1, 50),
+            (33, 37),
+            (64, 4096),
+            (65, 4096),
+            (2048, 11008),
+        ] {
+            let shape = shape(rows, inputs, 64);
+            let scratch = LinearScratch::new(&shape, 132, true, 0);
+            let padded = inputs.next_multiple_of(32);
+            for rows in [1, 2, 8, 33, 64, rows] {
+                if rows <= shape.rows {
+                    let slots = if rows > FEW_ROWS { 1 } else { MOST_PREPARED };
+                    for slot in 0..slots {
+                        let found = scratch.activations(slot, rows, padded);
+                        let end = found.map(|start| start as usize + rows * padded * HALF);
+                        assert!(end.is_some_and(|end| end <= scratch.parts.partials));
+                    }
+                }
+            }
+            assert_eq!(scratch.activations(0, rows + 600, padded), None);
+            assert_eq!(LinearScratch::bytes(&shape, 132, true), scratch.parts.end);
+        }
+    }
+
+    #[test]
+    fn unpacked_weights_are_at_least_a_tile_and_at_most_the_widest_matrix() {
+        let tiles = |inputs, outputs| {
+            let scratch = LinearScratch::new(&shape(65, inputs, outputs), 132, true, 0);
+            let padded = inputs.next_multiple_of(32);
+            (scratch.unpacked(padded).1, scratch.parts.unpacked_bytes)
+        };
+        assert_eq!(tiles(4096, 128_256), (256, MOST_UNPACKED_BYTES));
+        assert_eq!(tiles(64, 96), (3, 96 * 64 * 2));
+        assert_eq!(tiles(1 << 21, 64).0, 1);
+        let few = LinearScratch::new(&shape(64, 4096, 4096), 132, true, 0);
+        assert_eq!(few.parts.unpacked_bytes, 0);
+        let without = LinearScratch::new(&shape(2048, 4096, 4096), 132, false, 0);
+        assert_eq!(without.parts.unpacked_bytes, 0);
+    }
+}

@@ -1,0 +1,335 @@
+// The one layout of linear weights on the device, and how a warp takes them apart.
+//
+// A matrix of N outputs x K inputs (inputs in packed order) is cut into *column tiles* of 32
+// outputs. Within a tile all *blocks* of 32 inputs follow each other without gaps, and tiles
+// follow each other, so that a warp that multiplies a range of a tile's blocks streams one range
+// of memory. A block of b bits is 1024 weights in 128 b bytes.
+//
+// Lane l = 4 g + t of the warp that multiplies a block holds the weights of the outputs
+// {g, g + 8, g + 16, g + 24} (i = 0..3 below) for the inputs 8 t .. 8 t + 7 of the block (j below):
+// what mma.m16n8k16 wants of it as the A operand. The order of k within a block is free as long
+// as A and B agree: step s (0, 1) of a block multiplies inputs 8 t + 4 s + {0, 1} as the
+// fragments' first pair and {2, 3} as the second, so that a lane's B fragments of a whole block
+// are the 16 bytes x16[row g][32 block + 8 t ..].
+//
+// Widths that do not divide a word are split into planes, each lane-major (lane l's bytes of a
+// plane of s bytes a lane are s l .. s l + s - 1), the larger plane first; it holds the low bits:
+//   8 bit   16 + 16 bytes   half h has outputs i = 2 h, 2 h + 1: byte 8 (i % 2) + j
+//   6 bit   16 + 8 bytes    4-bit plane, then 2-bit plane (bits 4 and 5)
+//   5 bit   16 + 4 bytes    4-bit plane, then 1-bit plane (bit 4)
+//   4 bit   16 bytes        4-bit plane
+//   3 bit   8 + 4 bytes     2-bit plane, then 1-bit plane (bit 2)
+//   2 bit   8 bytes         2-bit plane
+//   fp16    4 x 16 bytes    piece i has output i: eight halves in order of j
+// Pairs of neighbouring inputs (2 p, 2 p + 1) lie in the two halves of a word:
+//   4-bit plane   word i:       pair p at bits 4 p and 4 p + 16
+//   2-bit plane   word i / 2:   pair p at bits 2 q and 2 q + 16, q = 4 (i % 2) + p
+//   1-bit plane   the word:     pair p at bits q and q + 16, q = 4 i + p
+// so that `(word & mask) | 0x6400` in each half is the fp16 number 1024 + code 2^shift: one
+// lop3 a pair and plane, one fp16 operation to take the offset off, exactly.
+#pragma once
+
+#include "common.cuh"
+
+namespace oxl {
+
+// Outputs of a column tile; inputs of a block.
+constexpr int TILE_OUTPUTS = 32;
+constexpr int BLOCK_INPUTS = 32;
+
+// Bytes of a block of one bit.
+constexpr int BLOCK_UNIT_BYTES = BLOCK_INPUTS * TILE_OUTPUTS / 8;
+
+// Bits of a block of fp16 weights.
+constexpr int BITS_FLOAT = 16;
+
+// Sections of one width that a quantised matrix may have: 8, 6, 5, 4, 3 and 2 bits in this order.
+constexpr int SECTIONS = 6;
+
+// How the scales of a matrix are stored.
+constexpr int ENCODING_EXL2 = 0;
+constexpr int ENCODING_GPTQ = 1;
+constexpr int ENCODING_FLOAT = 2;
+
+// One block of a matrix, for all tiles; `block_table` has one for each.
+struct BlockInfo {
+    uint32_t group_and_bits;  // group | bits << 24
+    uint32_t end_and_scale;   // first block past the group | EXL2's m_g (fp16 bits) << 16
+
+    __device__ __forceinline__ int group() const { return group_and_bits & 0xffffff; }
+    __device__ __forceinline__ int bits() const { return group_and_bits >> 24; }
+    __device__ __forceinline__ int group_end() const { return end_and_scale & 0xffff; }
+    __device__ __forceinline__ float largest_scale() const {
+        return __half2float(__ushort_as_half(end_and_scale >> 16));
+    }
+};
+
+// A matrix in the tile layout. `TileMatrix` of `layout.rs`.
+struct TileMatrix {
+    const uint8_t* weights;      // [tiles, tile_units * BLOCK_UNIT_BYTES]
+    const void* scales;          // EXL2: u16 [tiles, groups, 8]: entry g has the codes of outputs
+                                 //   g + 8 i at bits 4 i; GPTQ: fp16 [tiles, groups, 8, 4]: entry
+                                 //   [g, i] is output g + 8 i's; float: unused
+    const uint32_t* zeros;       // GPTQ: u8 [tiles, groups, 8, 4] likewise; else unused
+    const uint2* block_table;    // BlockInfo [blocks]
+    int32_t blocks;              // K / 32
+    int32_t groups;
+    int32_t tiles;               // N / 32, rounded up
+    int32_t tile_units;          // bytes of a tile / BLOCK_UNIT_BYTES
+    int32_t section_ends[SECTIONS];  // in blocks; unused for floats
+    int32_t encoding;
+    float scale;                 // multiplies the whole matrix (1 but for floats)
+};
+
+// Units of BLOCK_UNIT_BYTES in a tile before `block`.
+__device__ __forceinline__ int units_before(const TileMatrix& matrix, int block) {
+    if (matrix.encoding == ENCODING_FLOAT) {
+        return block * BITS_FLOAT;
+    }
+    constexpr int bits[SECTIONS] = {8, 6, 5, 4, 3, 2};
+    int units = 0;
+    int start = 0;
+#pragma unroll
+    for (int i = 0; i < SECTIONS; ++i) {
+        const int end = matrix.section_ends[i];
+        units += bits[i] * (min(block, end) - min(block, start));
+        start = end;
+    }
+    return units;
+}
+
+__device__ __forceinline__ BlockInfo block_info(const TileMatrix& matrix, int block) {
+    const uint2 info = __ldg(matrix.block_table + block);
+    return {info.x, info.y};
+}
+
+// The scales of a lane's four outputs in one group, as they are stored: loaded early, decoded
+// when they are needed.
+struct RawScales {
+    uint2 scales;
+    uint32_t zeros;
+};
+
+__device__ __forceinline__ RawScales load_scales(const TileMatrix& matrix, int tile, int group,
+                                                 int g) {
+    RawScales raw = {};
+    const int index = (tile * matrix.groups + group) * 8 + g;
+    if (matrix.encoding == ENCODING_EXL2) {
+        raw.scales.x = __ldg(static_cast<const uint16_t*>(matrix.scales) + index);
+    } else if (matrix.encoding == ENCODING_GPTQ) {
+        raw.scales = __ldg(static_cast<const uint2*>(matrix.scales) + index);
+        raw.zeros = __ldg(matrix.zeros + index);
+    }
+    return raw;
+}
+
+// The four scales in f32: EXL2's s = f16((e + 1)^2 m) is formed exactly and rounded once.
+__device__ __forceinline__ void decode_scales(const TileMatrix& matrix, RawScales raw,
+                                              BlockInfo info, float (&scales)[4]) {
+    if (matrix.encoding == ENCODING_EXL2) {
+        const float largest = info.largest_scale();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float root = static_cast<float>(((raw.scales.x >> (4 * i)) & 15) + 1);
+            scales[i] = __half2float(__float2half_rn(root * root * largest));
+        }
+    } else if (matrix.encoding == ENCODING_GPTQ) {
+        const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&raw.scales.x));
+        const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&raw.scales.y));
+        scales[0] = low.x;
+        scales[1] = low.y;
+        scales[2] = high.x;
+        scales[3] = high.y;
+    } else {
+        scales[0] = scales[1] = scales[2] = scales[3] = 1.0f;
+    }
+}
+
+// A lane's weights of one block as A fragments: `pairs[i][p]` is output i's pair p, so that the
+// fragments of m-tile m in step s are pairs[2m][2s], pairs[2m+1][2s], pairs[2m][2s+1],
+// pairs[2m+1][2s+1].
+struct LaneWeights {
+    uint32_t pairs[4][4];
+};
+
+// Twice the fp16 number that `value` is exactly; folds to a constant.
+__device__ __forceinline__ uint32_t half2_of(float value) {
+    const uint32_t bits = __float_as_uint(value);
+    const uint32_t half = (bits >> 16 & 0x8000) | (((bits & 0x7fffffff) >> 13) - (112 << 10));
+    return half | half << 16;
+}
+
+__device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+
+__device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
+    uint32_t result;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+
+// (word & mask) | 0x6400 in both halves, as one lop3.
+__device__ __forceinline__ uint32_t mask_to_half2(uint32_t word, uint32_t mask) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;"
+        : "=r"(result)
+        : "r"(word), "r"(mask), "r"(0x64006400u));
+    return result;
+}
+
+// Where in the mantissa a field of `bits` bits at bit `at` of its half is brought: not below
+// `least`, its top not above bit 9, and by one shift of the word for all fields of a kind.
+__device__ __forceinline__ constexpr int field_shift(int bits, int at, int least) {
+    if (at < least) {
+        return at + least;
+    }
+    if (at + bits > 10) {
+        return at - (least == 4 ? 6 : least == 2 || bits == 4 ? 8 : 10);
+    }
+    return at;
+}
+
+// The fields at bits `at` and `at + 16` of a word, as fp16 numbers 1024 + code 2^field_shift.
+__device__ __forceinline__ uint32_t field(uint32_t word, int bits, int at, int least) {
+    const int shift = field_shift(bits, at, least);
+    const uint32_t ones = ((1u << bits) - 1) << shift;
+    word = shift < at ? word >> (at - shift) : word << (shift - at);
+    return mask_to_half2(word, ones | ones << 16);
+}
+
+// The pair at bit `low_at` of a low plane of `low_bits` and, where there is one, at bit `high_at`
+// of a high plane, less 2^(bits - 1). All but the words are constants after unrolling.
+__device__ __forceinline__ uint32_t centred_pair(uint32_t low, int low_bits, int low_at,
+                                                 uint32_t high, int high_bits, int high_at) {
+    const int low_shift = field_shift(low_bits, low_at, 0);
+    const float low_factor = 1.0f / (1 << low_shift);
+    const float zero = 1 << (low_bits + high_bits - 1);
+    float offset = -1024.0f * low_factor - zero;
+    uint32_t high_pair = 0;
+    float high_factor = 0.0f;
+    if (high_bits > 0) {
+        // With `least` = low_bits the factor is at most 1. Then the offset is an even number
+        // or below 2048, and every intermediate sum an integer below 2048: all exact.
+        const int high_shift = field_shift(high_bits, high_at, low_bits);
+        high_factor = static_cast<float>(1 << low_bits) / (1 << high_shift);
+        offset -= 1024.0f * high_factor;
+        high_pair = field(high, high_bits, high_at, low_bits);
+    }
+    uint32_t pair = field(low, low_bits, low_at, 0);
+    pair = low_shift == 0 ? add(pair, half2_of(offset))
+                          : multiply_add(pair, half2_of(low_factor), half2_of(offset));
+    if (high_bits > 0) {
+        pair = high_factor == 1.0f ? add(pair, high_pair)
+                                   : multiply_add(high_pair, half2_of(high_factor), pair);
+    }
+    return pair;
+}
+
+// The weights (code - 2^(bits - 1)) of a lane, `bits` of 2 to 6. `block` is the lane-independent
+// start of the block; `word(byte)` reads the 32-bit word at that byte of it, `quad` four.
+template <int BITS, typename Reader>
+__device__ __forceinline__ void take_planes(const Reader& reader, int lane, LaneWeights& weights) {
+    constexpr int low_bits = BITS >= 4 ? 4 : 2;
+    constexpr int high_bits = BITS - low_bits;
+    uint32_t low[4];
+    uint32_t high[2] = {};
+    constexpr int high_start = low_bits * BLOCK_UNIT_BYTES;
+    if constexpr (low_bits == 4) {
+        const uint4 words = reader.quad(lane * 16);
+        low[0] = words.x;
+        low[1] = words.y;
+        low[2] = words.z;
+        low[3] = words.w;
+    } else {
+        const uint2 words = reader.two(lane * 8);
+        low[0] = words.x;
+        low[1] = words.y;
+    }
+    if constexpr (high_bits == 2) {
+        const uint2 words = reader.two(high_start + lane * 8);
+        high[0] = words.x;
+        high[1] = words.y;
+    } else if constexpr (high_bits == 1) {
+        high[0] = reader.one(high_start + lane * 4);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+            const int q = 4 * (i % 2) + p;
+            const uint32_t low_word = low_bits == 4 ? low[i] : low[i / 2];
+            const uint32_t high_word = high_bits == 2 ? high[i / 2] : high[0];
+            weights.pairs[i][p] = centred_pair(low_word, low_bits, low_bits == 4 ? 4 * p : 2 * q,
+                                               high_word, high_bits,
+                                               high_bits == 2 ? 2 * q : 4 * i + p);
+        }
+    }
+}
+
+// The weights (code - 128) of a lane with 8 bits.
+template <typename Reader>
+__device__ __forceinline__ void take_bytes(const Reader& reader, int lane, LaneWeights& weights) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const uint4 words = reader.quad(half * 16 * WARP_LANES + lane * 16);
+        const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+        for (int p = 0; p < 8; ++p) {
+            const uint32_t pair =
+                __byte_perm(word[p / 2], 0x64646464u, p % 2 == 0 ? 0x4140 : 0x4342);
+            weights.pairs[2 * half + p / 4][p % 4] = add(pair, half2_of(-1024.0f - 128.0f));
+        }
+    }
+}
+
+// The weights of a lane in fp16.
+template <typename Reader>
+__device__ __forceinline__ void take_halves(const Reader& reader, int lane, LaneWeights& weights) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint4 words = reader.quad(i * 16 * WARP_LANES + lane * 16);
+        weights.pairs[i][0] = words.x;
+        weights.pairs[i][1] = words.y;
+        weights.pairs[i][2] = words.z;
+        weights.pairs[i][3] = words.w;
+    }
+}
+
+// The weights (code - zero) of a lane with GPTQ's 4 bits. `zeros`: one of 0 to 16 for each output
+// of the lane, in bytes.
+template <typename Reader>
+__device__ __forceinline__ void take_zeroed(const Reader& reader, int lane, uint32_t zeros,
+                                            LaneWeights& weights) {
+    const uint4 words = reader.quad(lane * 16);
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        // The fp16 numbers 1024 + zero and 64 + zero, negated, in both halves.
+        const uint32_t zero = zeros >> (8 * i) & 0xff;
+        const uint32_t far = (zero | zero << 16) + 0xe400e400u;
+        const uint32_t near = (zero << 4 | zero << 20) + 0xd400d400u;
+#pragma unroll
+        for (int p = 0; p < 4; ++p) {
+            const uint32_t pair = field(word[i], 4, 4 * p, 0);
+            weights.pairs[i][p] = p % 2 == 0 ? add(pair, far)
+                                             : multiply_add(pair, half2_of(0.0625f), near);
+        }
+    }
+}
+
+// The weights of a lane before their scale, for a block of `BITS` bits.
+template <int BITS, typename Reader>
+__device__ __forceinline__ void take_weights(const Reader& reader, int lane, LaneWeights& weights) {
+    if constexpr (BITS == BITS_FLOAT) {
+        take_halves(reader, lane, weights);
+    } else if constexpr (BITS == 8) {
+        take_bytes(reader, lane, weights);
+    } else {
+        take_planes<BITS>(reader, lane, weights);
+    }
+}
+
+}  // namespace oxl
