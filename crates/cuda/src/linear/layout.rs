@@ -225,3 +225,6 @@ pub(crate) fn section_ends(groups: &[Group]) -> [i32; SECTION_BITS.len()] {
         end
     })
 }
+
+#[cfg(test)]
+mod tests;
