@@ -6,6 +6,7 @@ use cudarc::driver::sys;
 use oxllama_backend::{DeviceError, DeviceMemory};
 use oxllama_memory::{Bytes, DeviceId, Reservation};
 
+use crate::attention::AttentionKernels;
 use crate::buffer::CudaBuffer;
 use crate::context::{Context, GpuInfo};
 use crate::elementwise::ElementwiseKernels;
@@ -19,6 +20,7 @@ use crate::stream::Stream;
 #[derive(Debug)]
 pub(crate) struct Kernels {
     pub(crate) begin_step: Kernel,
+    pub(crate) attention: AttentionKernels,
     pub(crate) prepare: PrepareKernels,
     pub(crate) elementwise: ElementwiseKernels,
     pub(crate) linear: LinearKernels,
@@ -28,6 +30,7 @@ impl Kernels {
     fn find(modules: &Modules, gpu: &GpuInfo) -> Result<Self, CudaUnavailable> {
         Ok(Self {
             begin_step: modules.kernel("step", "oxl_begin_step", 0)?,
+            attention: AttentionKernels::find(modules, gpu)?,
             prepare: PrepareKernels::find(modules, gpu)?,
             elementwise: ElementwiseKernels::find(modules)?,
             linear: LinearKernels::find(modules)?,

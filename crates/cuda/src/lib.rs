@@ -8,6 +8,7 @@
 //! for it. Kernels are launched so that the next may start while the last one ends
 //! (programmatic dependent launch, on architectures from 9.0 on).
 
+mod attention;
 mod buffer;
 mod context;
 mod device;

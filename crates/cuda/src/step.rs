@@ -6,6 +6,7 @@ use oxllama_backend::{
 };
 use oxllama_memory::{Bytes, Reservation};
 
+use crate::attention::{AttentionScratch, Tile, scratch_bytes};
 use crate::buffer::CudaBuffer;
 use crate::device::CudaDevice;
 use crate::graph::{Found, Recorder, Recordings};
@@ -44,8 +45,10 @@ struct Offsets {
     row_sequences: usize,
     logit_rows: usize,
     page_tables: usize,
+    tiles: usize,
     frequencies: usize,
     angles: usize,
+    attention: usize,
     end: usize,
 }
 
@@ -54,6 +57,7 @@ impl Offsets {
         const WORD: usize = size_of::<u32>();
         let rows = shape.rows;
         let tables = shape.sequences * shape.pages_per_sequence;
+        let tiles = rows * size_of::<Tile>() / WORD;
         let pairs = shape.rotary_dim / 2;
         let mut end = 0;
         let mut place = |words: usize| {
@@ -62,14 +66,16 @@ impl Offsets {
             start
         };
         Self {
-            packed: place(4 * rows + tables),
+            packed: place(4 * rows + tables + tiles),
             token_ids: place(rows),
             positions: place(rows),
             row_sequences: place(rows),
             logit_rows: place(rows),
             page_tables: place(tables),
+            tiles: place(tiles),
             frequencies: place(shape.ropes * pairs),
             angles: place(shape.ropes * rows * 2 * pairs),
+            attention: place(scratch_bytes(shape).div_ceil(WORD)),
             end,
         }
     }
@@ -120,6 +126,11 @@ impl StepInputs {
         self.memory.at(self.offsets.page_tables)
     }
 
+    /// [`Tile`] `[rows]`
+    pub(crate) fn tiles(&self) -> sys::CUdeviceptr {
+        self.memory.at(self.offsets.tiles)
+    }
+
     /// f32 `[shape.rows, 2, shape.rotary_dim / 2]` of one rope: cosines, then sines.
     pub(crate) fn angles(&self, rope: usize) -> sys::CUdeviceptr {
         let pairs = self.shape.rotary_dim / 2;
@@ -151,6 +162,8 @@ fn is_decode(batch: &StepBatch<'_>) -> bool {
 #[derive(Debug)]
 pub struct CudaWorkspace {
     pub(crate) inputs: StepInputs,
+    /// In the inputs' memory.
+    pub(crate) attention: AttentionScratch,
     /// At the end of the inputs' memory.
     pub(crate) linear: LinearScratch,
     recordings: Recordings,
@@ -175,6 +188,7 @@ struct BeginStepArgs {
     row_sequences: sys::CUdeviceptr,
     logit_rows: sys::CUdeviceptr,
     page_tables: sys::CUdeviceptr,
+    tiles: sys::CUdeviceptr,
     angles: sys::CUdeviceptr,
     ropes: [StepRope; MOST_ROPES],
     rows: i32,
@@ -234,8 +248,10 @@ impl StepOps for CudaDevice {
             self.blaslt().is_some(),
             inputs.memory.at(offsets.end),
         );
+        let attention = AttentionScratch::new(shape, inputs.memory.at(offsets.attention));
         Ok(CudaWorkspace {
             inputs,
+            attention,
             linear,
             recordings: Recordings::default(),
         })
@@ -252,7 +268,9 @@ impl StepOps for CudaDevice {
         self.know_ropes(ropes, inputs)?;
         inputs.rows = batch.rows();
         inputs.is_decode = is_decode(batch);
-        self.copy_inputs(batch, inputs)?;
+        let tiles = &mut workspace.attention.tiles;
+        tiles.cut(batch.positions, batch.row_sequences);
+        self.copy_inputs(batch, tiles.all(), inputs)?;
         let mut step_ropes = [StepRope::default(); MOST_ROPES];
         for (index, rope) in ropes.iter().enumerate() {
             step_ropes[index] = StepRope {
@@ -268,6 +286,7 @@ impl StepOps for CudaDevice {
             row_sequences: inputs.row_sequences(),
             logit_rows: inputs.logit_row_indices(),
             page_tables: inputs.page_tables(),
+            tiles: inputs.tiles(),
             angles: inputs.angles(0),
             ropes: step_ropes,
             rows: batch.rows() as i32,
@@ -394,6 +413,7 @@ impl CudaDevice {
     fn copy_inputs(
         &self,
         batch: &StepBatch<'_>,
+        tiles: &[Tile],
         inputs: &mut StepInputs,
     ) -> Result<(), DeviceError> {
         let packed = inputs.memory.at(inputs.offsets.packed);
@@ -408,6 +428,7 @@ impl CudaDevice {
             batch.row_sequences,
             batch.logit_rows,
             batch.page_tables,
+            bytemuck::cast_slice(tiles),
         ] {
             memory.as_mut_slice::<u32>()[words..][..array.len()].copy_from_slice(array);
             words += array.len();

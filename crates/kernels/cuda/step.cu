@@ -16,7 +16,7 @@ constexpr int MOST_ROPES = 4;
 
 struct BeginStepArgs {
     // u32: [rows] token ids, [rows] positions, [rows] sequences, [logit_rows] rows whose logits
-    // are wanted, [sequences, pages] page tables.
+    // are wanted, [sequences, pages] page tables, [rows, 4] attention's tiles.
     const uint32_t* packed;
     uint32_t* token_ids;
     uint32_t* positions;
@@ -24,6 +24,8 @@ struct BeginStepArgs {
     uint32_t* logit_rows;
     // [sequences, table_stride]
     uint32_t* page_tables;
+    // [rows, 4]
+    uint32_t* tiles;
     // f32 [ropes, angle_rows, 2, angle_pairs]: cosines, then sines.
     float* angles;
     StepRope ropes[MOST_ROPES];
@@ -52,6 +54,10 @@ extern "C" __global__ void oxl_begin_step(const __grid_constant__ BeginStepArgs 
         }
     }
     if (index >= args.rows) return;
+    const uint32_t* tiles = tables + int64_t(args.sequences) * args.pages;
+    if (threadIdx.x < 4) {
+        args.tiles[4 * index + threadIdx.x] = tiles[4 * index + threadIdx.x];
+    }
     const uint32_t position = positions[index];
     if (threadIdx.x == 0) {
         args.token_ids[index] = args.packed[index];

@@ -1,0 +1,522 @@
+//! How attention's kernels are launched: extents, shared memory and scratch, from shapes alone.
+
+use cudarc::driver::sys::CUdeviceptr;
+use oxllama_backend::quantised::GROUP;
+use oxllama_backend::{CacheShape, HeadLayout, PAGE_TOKENS, WorkspaceShape};
+use oxllama_memory::ElementFormat;
+
+use super::tiles::{BLOCK_HEADS, SPLIT_HEADS, TILE_TOKENS, most_pieces};
+use crate::context::GpuInfo;
+use crate::step::aligned;
+
+/// `CacheArgs` of `cache.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct CacheArgs {
+    pub(super) queries: CUdeviceptr,
+    pub(super) keys: CUdeviceptr,
+    pub(super) values: CUdeviceptr,
+    pub(super) queries_f16: CUdeviceptr,
+    pub(super) key_pages: CUdeviceptr,
+    pub(super) value_pages: CUdeviceptr,
+    pub(super) query_weight: CUdeviceptr,
+    pub(super) key_weight: CUdeviceptr,
+    pub(super) angles: CUdeviceptr,
+    pub(super) positions: CUdeviceptr,
+    pub(super) row_sequences: CUdeviceptr,
+    pub(super) page_tables: CUdeviceptr,
+    pub(super) query_epsilon: f32,
+    pub(super) key_epsilon: f32,
+    pub(super) rows: i32,
+    pub(super) heads: i32,
+    pub(super) kv_heads: i32,
+    pub(super) head_dim: i32,
+    pub(super) padded_head_dim: i32,
+    pub(super) key_format: i32,
+    pub(super) value_format: i32,
+    pub(super) query_norm: i32,
+    pub(super) key_norm: i32,
+    pub(super) rope_style: i32,
+    pub(super) rope_pairs: i32,
+    pub(super) angle_pairs: i32,
+    pub(super) table_stride: i32,
+    pub(super) unused: i32,
+}
+
+/// `AttendArgs` of `attention.cuh`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct AttendArgs {
+    pub(super) queries: CUdeviceptr,
+    pub(super) key_pages: CUdeviceptr,
+    pub(super) value_pages: CUdeviceptr,
+    pub(super) out: CUdeviceptr,
+    pub(super) partial_out: CUdeviceptr,
+    pub(super) partial_state: CUdeviceptr,
+    pub(super) counters: CUdeviceptr,
+    pub(super) tiles: CUdeviceptr,
+    pub(super) positions: CUdeviceptr,
+    pub(super) row_sequences: CUdeviceptr,
+    pub(super) page_tables: CUdeviceptr,
+    pub(super) score_factor: f32,
+    pub(super) cap_factor: f32,
+    pub(super) window: i32,
+    pub(super) heads: i32,
+    pub(super) kv_heads: i32,
+    pub(super) head_dim: i32,
+    pub(super) heads_per_tile: i32,
+    pub(super) head_tiles: i32,
+    pub(super) key_format: i32,
+    pub(super) value_format: i32,
+    pub(super) table_stride: i32,
+    pub(super) most_pieces: i32,
+    pub(super) slots: i32,
+    pub(super) slot_bytes: i32,
+}
+
+/// `AttendExactArgs` of `attention_exact.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct AttendExactArgs {
+    pub(super) queries: CUdeviceptr,
+    pub(super) key_pages: CUdeviceptr,
+    pub(super) value_pages: CUdeviceptr,
+    pub(super) out: CUdeviceptr,
+    pub(super) positions: CUdeviceptr,
+    pub(super) row_sequences: CUdeviceptr,
+    pub(super) page_tables: CUdeviceptr,
+    pub(super) score_factor: f32,
+    pub(super) cap_factor: f32,
+    pub(super) window: i32,
+    pub(super) heads: i32,
+    pub(super) kv_heads: i32,
+    pub(super) head_dim: i32,
+    pub(super) table_stride: i32,
+    pub(super) unused: i32,
+}
+
+/// The kernels' number of a format; `FORMAT_*` in `pages.cuh`.
+pub(super) fn format_number(format: ElementFormat) -> i32 {
+    match format {
+        ElementFormat::F32 => 0,
+        ElementFormat::F16 => 1,
+        ElementFormat::Q8 => 2,
+        ElementFormat::Q4 => 3,
+    }
+}
+
+/// Dimensions that the kernels are compiled for.
+pub(super) const PADDED_HEAD_DIMS: [usize; 3] = [64, 128, 256];
+
+/// The smallest of [`PADDED_HEAD_DIMS`] that holds `head_dim`, by its place there; `None` for
+/// heads that the kernels do not take: longer ones, and odd ones.
+pub(super) fn head_dim_index(head_dim: usize) -> Option<usize> {
+    if !head_dim.is_multiple_of(2) {
+        return None;
+    }
+    PADDED_HEAD_DIMS
+        .iter()
+        .position(|&padded| head_dim <= padded)
+}
+
+/// `score_factor` and `cap_factor` of the kernels: scores come in units of log2 e.
+pub(super) fn score_factors(scale: f32, softcap: Option<f32>) -> (f32, f32) {
+    let log2_e = std::f32::consts::LOG2_E;
+    match softcap {
+        None => (scale * log2_e, 0.0),
+        Some(cap) => (2.0 * log2_e * scale / cap, cap * log2_e),
+    }
+}
+
+/// How the query heads of one kv head are dealt to blocks of `heads_of_block`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct HeadTiles {
+    /// Query heads that a block takes of one row.
+    pub(super) heads_per_tile: usize,
+    /// Blocks that take all of a row's.
+    pub(super) head_tiles: usize,
+}
+
+impl HeadTiles {
+    pub(super) fn of(group: usize, heads_of_block: usize) -> Self {
+        let heads_per_tile = group.clamp(1, heads_of_block);
+        Self {
+            heads_per_tile,
+            head_tiles: group.div_ceil(heads_per_tile),
+        }
+    }
+}
+
+/// A block's shared memory: a ring of slots behind what else it keeps there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Ring {
+    /// Tiles of keys or values that are on their way or in use.
+    pub(super) slots: usize,
+    /// Bytes of each.
+    pub(super) slot_bytes: usize,
+    /// All of the block's.
+    pub(super) shared_bytes: usize,
+}
+
+/// Most slots of a ring: `copies_wait` in `attention.cuh` counts so far.
+const MOST_SLOTS: usize = 6;
+
+/// What the driver keeps of a multiprocessor's shared memory for each block.
+const RESERVED_SHARED_BYTES: usize = 1024;
+
+/// Elements by which a row in shared memory is longer than a head; `PADDING` in `attention.cuh`.
+const PADDING: usize = 8;
+
+/// `SplitShared` of `attention.cu`.
+const SPLIT_SHARED_BYTES: usize = 2_688;
+
+/// Blocks of the splitting kernel that a multiprocessor is to hold.
+const SPLIT_BLOCKS: usize = 3;
+
+/// Blocks of the walking kernel that a multiprocessor is to hold.
+const WALK_BLOCKS: usize = 2;
+
+/// Bytes of a tile of fp16 in shared memory.
+fn tile_bytes(padded_head_dim: usize) -> usize {
+    TILE_TOKENS * (padded_head_dim + PADDING) * 2
+}
+
+/// Whether a tile is used as it lies in a page; otherwise it is decoded to another place.
+fn is_direct(layout: HeadLayout) -> bool {
+    layout.format == ElementFormat::F16 && layout.head_dim.is_multiple_of(8)
+}
+
+impl Ring {
+    /// For the splitting kernel. `None`: the GPU has too little shared memory.
+    pub(super) fn split(shape: &CacheShape, padded: usize, gpu: &GpuInfo) -> Option<Self> {
+        Self::fit(
+            shape,
+            padded,
+            SPLIT_SHARED_BYTES,
+            shared_limit(gpu),
+            SPLIT_BLOCKS,
+        )
+    }
+
+    /// For the walking kernel.
+    pub(super) fn walk(shape: &CacheShape, padded: usize, gpu: &GpuInfo) -> Option<Self> {
+        let queries = BLOCK_HEADS * (padded + PADDING) * 2;
+        Self::fit(shape, padded, queries, shared_limit(gpu), WALK_BLOCKS)
+    }
+
+    /// As many slots as leave room for `blocks` blocks, or for fewer blocks of two slots, or
+    /// for one block of one slot.
+    fn fit(
+        shape: &CacheShape,
+        padded: usize,
+        fixed: usize,
+        limit: usize,
+        blocks: usize,
+    ) -> Option<Self> {
+        let layouts = [shape.key_layout(), shape.value_layout()];
+        let slot = |layout: HeadLayout| {
+            if is_direct(layout) {
+                tile_bytes(padded)
+            } else {
+                TILE_TOKENS * (layout.vector_bytes() + layout.scale_bytes())
+            }
+        };
+        let slot_bytes = layouts.map(slot).into_iter().max()?.next_multiple_of(128);
+        let decoded = if layouts.into_iter().all(is_direct) {
+            0
+        } else {
+            tile_bytes(padded)
+        };
+        let rest = fixed + decoded;
+        let slots = |blocks: usize| {
+            let share = if blocks == 1 {
+                limit
+            } else {
+                (limit / blocks).saturating_sub(RESERVED_SHARED_BYTES)
+            };
+            share.saturating_sub(rest) / slot_bytes
+        };
+        let several = (1..=blocks).rev().map(slots).find(|&slots| slots >= 2);
+        let slots = several.unwrap_or_else(|| slots(1)).min(MOST_SLOTS);
+        (slots > 0).then_some(Self {
+            slots,
+            slot_bytes,
+            shared_bytes: rest + slots * slot_bytes,
+        })
+    }
+}
+
+/// Shared memory that a block may have.
+fn shared_limit(gpu: &GpuInfo) -> usize {
+    gpu.shared_per_block.get() as usize
+}
+
+/// Blocks that share the pieces of one tile of rows, where `blocks` blocks are needed for one
+/// piece of each: enough to fill the GPU. What a row gives does not depend on this.
+pub(super) fn sharers(blocks: usize, most_pieces: usize, gpu: &GpuInfo) -> usize {
+    let wanted = gpu.multiprocessors * SPLIT_BLOCKS;
+    wanted.div_ceil(blocks.max(1)).clamp(1, most_pieces)
+}
+
+/// Query heads of all rows of a step up to which sequences are split among blocks: partial
+/// results take 32 KiB and more of scratch each.
+const MOST_PARTIAL_HEADS: usize = 1024;
+
+/// Where attention's scratch lies, in bytes from its start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ScratchLayout {
+    /// Rows whose sequences may be split among blocks.
+    pub(super) partial_rows: usize,
+    /// Pieces that a row may have.
+    pub(super) most_pieces: usize,
+    /// f16 `[rows, heads, padded_head_dim]`
+    pub(super) queries: usize,
+    /// f32 `[partial_rows, heads, most_pieces, padded_head_dim]`
+    pub(super) partial_out: usize,
+    /// f32 `[partial_rows, heads, most_pieces, 2]`
+    pub(super) partial_state: usize,
+    /// i32 `[partial_rows * heads]`, zero between launches.
+    pub(super) counters: usize,
+    /// All bytes.
+    pub(super) end: usize,
+}
+
+impl ScratchLayout {
+    pub(super) fn of(shape: &WorkspaceShape) -> Self {
+        // What the kernels do not take is refused when it comes.
+        let index = head_dim_index(shape.head_dim).unwrap_or(PADDED_HEAD_DIMS.len() - 1);
+        let padded = PADDED_HEAD_DIMS[index];
+        let most_partial_rows = (MOST_PARTIAL_HEADS / shape.heads.max(1)).max(1);
+        let partial_rows = shape.rows.min(most_partial_rows);
+        let most_pieces = most_pieces(shape.pages_per_sequence * PAGE_TOKENS);
+        let partial_heads = partial_rows * shape.heads;
+        let mut end = 0;
+        let mut place = |bytes: usize| {
+            let start = end;
+            end += aligned(bytes);
+            start
+        };
+        Self {
+            partial_rows,
+            most_pieces,
+            queries: place(shape.rows * shape.heads * padded * 2),
+            partial_out: place(partial_heads * most_pieces * padded * size_of::<f32>()),
+            partial_state: place(partial_heads * most_pieces * 2 * size_of::<f32>()),
+            counters: place(partial_heads * size_of::<i32>()),
+            end,
+        }
+    }
+}
+
+/// How the splitting kernel is launched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SplitGrid {
+    pub(super) heads: HeadTiles,
+    pub(super) grid: [usize; 3],
+}
+
+impl SplitGrid {
+    /// Over `tiles` tiles that have `rows` rows together.
+    pub(super) fn of(
+        (tiles, rows): (usize, usize),
+        cache: &CacheShape,
+        group: usize,
+        scratch: &ScratchLayout,
+        gpu: &GpuInfo,
+    ) -> Self {
+        let heads = HeadTiles::of(group, SPLIT_HEADS);
+        let blocks_of_tile = cache.kv_heads * heads.head_tiles;
+        let sharers = if rows <= scratch.partial_rows {
+            sharers(tiles * blocks_of_tile, scratch.most_pieces, gpu)
+        } else {
+            1
+        };
+        Self {
+            heads,
+            grid: [tiles, blocks_of_tile, sharers],
+        }
+    }
+}
+
+/// Whether a cache is one that the kernels read: quantised heads are whole groups.
+pub(super) fn is_whole(shape: &CacheShape) -> bool {
+    !shape.format.is_quantised() || shape.head_dim.is_multiple_of(GROUP)
+}
+
+#[cfg(test)]
+mod tests {
+    use oxllama_memory::{Bytes, CacheFormat, DeviceId};
+
+    use super::*;
+
+    fn gpu(multiprocessors: usize, shared_per_block: usize) -> GpuInfo {
+        GpuInfo {
+            id: DeviceId::cuda(0),
+            ordinal: 0,
+            name: "a GPU".to_owned(),
+            pci_bus: String::new(),
+            capability: (9, 0),
+            multiprocessors,
+            memory: Bytes::ZERO,
+            l2_cache: Bytes::ZERO,
+            shared_per_block: Bytes::from_usize(shared_per_block),
+        }
+    }
+
+    const HOPPER_SHARED: usize = 232_448;
+    const ADA_SHARED: usize = 101_376;
+
+    fn cache(head_dim: usize, format: CacheFormat) -> CacheShape {
+        CacheShape {
+            pages: 1,
+            kv_heads: 8,
+            head_dim,
+            format,
+        }
+    }
+
+    fn workspace(rows: usize, pages_per_sequence: usize) -> WorkspaceShape {
+        WorkspaceShape {
+            rows,
+            sequences: rows,
+            pages_per_sequence,
+            max_in_features: 4096,
+            max_out_features: 4096,
+            heads: 32,
+            kv_heads: 8,
+            head_dim: 128,
+            rotary_dim: 128,
+            ropes: 1,
+        }
+    }
+
+    #[test]
+    fn every_head_has_a_ring_on_every_gpu() {
+        for shared in [HOPPER_SHARED, ADA_SHARED] {
+            let gpu = gpu(100, shared);
+            for format in CacheFormat::ALL {
+                if format == CacheFormat::F32 {
+                    continue;
+                }
+                for head_dim in (2..=256).step_by(2) {
+                    let cache = cache(head_dim, format);
+                    if !is_whole(&cache) {
+                        continue;
+                    }
+                    let padded = PADDED_HEAD_DIMS[head_dim_index(head_dim).unwrap()];
+                    for ring in [
+                        Ring::split(&cache, padded, &gpu),
+                        Ring::walk(&cache, padded, &gpu),
+                    ] {
+                        let ring = ring.unwrap_or_else(|| panic!("{cache:?} in {shared}"));
+                        assert!(ring.shared_bytes <= shared, "{cache:?}: {ring:?}");
+                        assert!((1..=MOST_SLOTS).contains(&ring.slots));
+                        assert!(ring.slot_bytes.is_multiple_of(128));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_usual_heads_leave_room_for_several_blocks() {
+        let gpu = gpu(132, HOPPER_SHARED);
+        for format in [CacheFormat::F16, CacheFormat::Q8, CacheFormat::Q4] {
+            let cache = cache(128, format);
+            let split = Ring::split(&cache, 128, &gpu).unwrap();
+            assert!(split.slots >= 4, "{split:?}");
+            assert!(3 * (split.shared_bytes + RESERVED_SHARED_BYTES) <= HOPPER_SHARED + 1024);
+            let walk = Ring::walk(&cache, 128, &gpu).unwrap();
+            assert!(walk.slots >= 4, "{walk:?}");
+            assert!(2 * (walk.shared_bytes + RESERVED_SHARED_BYTES) <= HOPPER_SHARED + 1024);
+        }
+    }
+
+    #[test]
+    fn heads_longer_than_the_kernels_or_odd_are_refused() {
+        let cases = [
+            (64, Some(0)),
+            (80, Some(1)),
+            (256, Some(2)),
+            (258, None),
+            (63, None),
+        ];
+        for (head_dim, index) in cases {
+            assert_eq!(head_dim_index(head_dim), index, "{head_dim}");
+        }
+    }
+
+    #[test]
+    fn few_rows_are_shared_among_enough_blocks() {
+        let gpu = gpu(132, HOPPER_SHARED);
+        let scratch = ScratchLayout::of(&workspace(64, 32));
+        let grid = |rows| {
+            SplitGrid::of(
+                (rows, rows),
+                &cache(128, CacheFormat::F16),
+                4,
+                &scratch,
+                &gpu,
+            )
+            .grid
+        };
+        assert_eq!(grid(1), [1, 8, 50]);
+        assert_eq!(grid(8), [8, 8, 7]);
+        // More rows than there is room for partial results.
+        assert_eq!(grid(33), [33, 8, 1]);
+    }
+
+    #[test]
+    fn a_short_context_needs_few_pieces() {
+        let gpu = gpu(132, HOPPER_SHARED);
+        let scratch = ScratchLayout::of(&workspace(1, 1));
+        assert_eq!((scratch.partial_rows, scratch.most_pieces), (1, 4));
+        let grid = SplitGrid::of((1, 1), &cache(128, CacheFormat::F16), 4, &scratch, &gpu).grid;
+        assert_eq!(grid, [1, 8, 4]);
+    }
+
+    #[test]
+    fn scratch_holds_every_block_that_shares() {
+        for rows in [1, 7, 32, 64, 2_048] {
+            let shape = workspace(rows, 64);
+            let scratch = ScratchLayout::of(&shape);
+            let counters = (scratch.end - scratch.counters) / size_of::<i32>();
+            // A tile has a row at least, and a block of it a query head at least.
+            assert!(counters >= scratch.partial_rows * shape.heads);
+            assert!(
+                scratch.partial_state - scratch.partial_out
+                    >= scratch.partial_rows * shape.heads * scratch.most_pieces * 128 * 4
+            );
+        }
+    }
+
+    #[test]
+    fn large_groups_are_dealt_to_several_blocks() {
+        let tiles = |group, heads| {
+            let tiles = HeadTiles::of(group, heads);
+            (tiles.heads_per_tile, tiles.head_tiles)
+        };
+        assert_eq!(tiles(1, SPLIT_HEADS), (1, 1));
+        assert_eq!(tiles(7, SPLIT_HEADS), (7, 1));
+        assert_eq!(tiles(71, SPLIT_HEADS), (16, 5));
+        assert_eq!(tiles(71, BLOCK_HEADS), (64, 2));
+    }
+
+    #[test]
+    fn scores_come_in_powers_of_two() {
+        let (factor, cap) = score_factors(0.125, None);
+        assert_eq!((2.0_f32.powf(8.0 * factor), cap), (1.0_f32.exp(), 0.0));
+        let (factor, cap) = score_factors(0.5, Some(30.0));
+        // What the kernels make of a product of 40.
+        let score = cap * (1.0 - 2.0 / ((40.0 * factor).exp2() + 1.0));
+        let expected = 30.0 * (20.0_f32 / 30.0).tanh() * std::f32::consts::LOG2_E;
+        assert!((score - expected).abs() < 1e-4, "{score} {expected}");
+    }
+
+    #[test]
+    fn the_structures_have_the_kernels_sizes() {
+        assert_eq!(size_of::<CacheArgs>(), 12 * 8 + 16 * 4);
+        assert_eq!(size_of::<AttendArgs>(), 11 * 8 + 14 * 4);
+        assert_eq!(size_of::<AttendExactArgs>(), 7 * 8 + 8 * 4);
+    }
+}

@@ -1,0 +1,407 @@
+//! Attention over the paged cache.
+//!
+//! `cache.cu` norms and rotates heads and stores keys and values; then one of three kernels
+//! attends: `attention.cu`'s splits a sequence among blocks where it has few rows in the step,
+//! and walks through it where it has many; `attention_exact.cu`'s serves caches of f32. A row's
+//! bits depend on its own sequence alone, whichever of the first two computes it.
+
+mod launch;
+mod tiles;
+
+use cudarc::driver::sys::CUdeviceptr;
+use oxllama_backend::{
+    AttentionArgs, AttentionOps, CacheShape, DeviceError, HeadNorm, RopeStyle, WorkspaceShape,
+};
+use oxllama_memory::CacheFormat;
+
+use crate::buffer::CudaBuffer;
+use crate::context::GpuInfo;
+use crate::device::CudaDevice;
+use crate::error::CudaUnavailable;
+use crate::launch::Launch;
+use crate::module::{Kernel, Modules};
+use crate::prepare::norm_number;
+use crate::step::{CudaWorkspace, StepInputs};
+use launch::{
+    AttendArgs, AttendExactArgs, CacheArgs, HeadTiles, PADDED_HEAD_DIMS, Ring, ScratchLayout,
+    SplitGrid, format_number, head_dim_index, is_whole, score_factors,
+};
+use tiles::BLOCK_HEADS;
+pub(crate) use tiles::{Tile, Tiles};
+
+/// Warps of a block of `oxl_cache`, each of which treats a head of a row.
+const CACHE_WARPS: usize = 4;
+
+/// Threads of a block of every kernel here.
+const THREADS: usize = 128;
+
+/// The entries of attention's units; those of several head dimensions as
+/// [`PADDED_HEAD_DIMS`] orders them.
+#[derive(Debug)]
+pub(crate) struct AttentionKernels {
+    cache: Kernel,
+    split: [Kernel; 3],
+    walk: [Kernel; 3],
+    exact: Kernel,
+}
+
+impl AttentionKernels {
+    pub(crate) fn find(modules: &Modules, gpu: &GpuInfo) -> Result<Self, CudaUnavailable> {
+        let shared_bytes = gpu.shared_per_block.get() as usize;
+        let attend = |name| modules.kernel("attention", name, shared_bytes);
+        Ok(Self {
+            cache: modules.kernel("cache", "oxl_cache", 0)?,
+            split: [
+                attend("oxl_attend_split_64")?,
+                attend("oxl_attend_split_128")?,
+                attend("oxl_attend_split_256")?,
+            ],
+            walk: [
+                attend("oxl_attend_walk_64")?,
+                attend("oxl_attend_walk_128")?,
+                attend("oxl_attend_walk_256")?,
+            ],
+            exact: modules.kernel("attention_exact", "oxl_attend_exact", 0)?,
+        })
+    }
+}
+
+/// Bytes of attention's scratch in a workspace for steps up to `shape`.
+pub(crate) fn scratch_bytes(shape: &WorkspaceShape) -> usize {
+    ScratchLayout::of(shape).end
+}
+
+/// Attention's scratch in a workspace.
+#[derive(Debug)]
+pub(crate) struct AttentionScratch {
+    layout: ScratchLayout,
+    address: CUdeviceptr,
+    /// The current step's rows.
+    pub(crate) tiles: Tiles,
+}
+
+impl AttentionScratch {
+    /// Over [`scratch_bytes`] zeroed bytes at `address`, which is 256-byte aligned.
+    pub(crate) fn new(shape: &WorkspaceShape, address: CUdeviceptr) -> Self {
+        Self {
+            layout: ScratchLayout::of(shape),
+            address,
+            tiles: Tiles::new(shape.rows, shape.heads / shape.kv_heads.max(1)),
+        }
+    }
+
+    fn at(&self, offset: usize) -> CUdeviceptr {
+        self.address + offset as u64
+    }
+}
+
+/// A call's extents, checked.
+#[derive(Debug, Clone, Copy)]
+struct Extents {
+    cache: CacheShape,
+    heads: usize,
+    rows: usize,
+    /// Index into [`PADDED_HEAD_DIMS`].
+    index: usize,
+    window: i32,
+    score_factor: f32,
+    cap_factor: f32,
+}
+
+impl Extents {
+    fn padded(&self) -> usize {
+        PADDED_HEAD_DIMS[self.index]
+    }
+
+    fn group(&self) -> usize {
+        self.heads / self.cache.kv_heads
+    }
+
+    fn is_exact(&self) -> bool {
+        self.cache.format == CacheFormat::F32
+    }
+}
+
+impl AttentionOps for CudaDevice {
+    fn attention(
+        &self,
+        args: AttentionArgs<'_, CudaBuffer>,
+        workspace: &mut CudaWorkspace,
+    ) -> Result<(), DeviceError> {
+        let inputs = &workspace.inputs;
+        let scratch = &workspace.attention;
+        let extents = self.check_attention(&args, inputs, scratch)?;
+        self.prepare_cache(&args, &extents, inputs, scratch)?;
+        if extents.is_exact() {
+            return self.attend_exact(&args, &extents, inputs);
+        }
+        self.attend_split(&args, &extents, inputs, scratch)?;
+        self.attend_walk(&args, &extents, inputs, scratch)
+    }
+}
+
+impl CudaDevice {
+    /// Refuses what the kernels or the workspace cannot do.
+    fn check_attention(
+        &self,
+        args: &AttentionArgs<'_, CudaBuffer>,
+        inputs: &StepInputs,
+        scratch: &AttentionScratch,
+    ) -> Result<Extents, DeviceError> {
+        let cache = args.cache.shape;
+        let refused = |reason: String| DeviceError::Operation {
+            device: self.context().id().clone(),
+            operation: "attention".to_owned(),
+            reason,
+        };
+        let head_dim = cache.head_dim;
+        let index = head_dim_index(head_dim).filter(|_| is_whole(&cache));
+        let Some(index) = index else {
+            return Err(refused(format!(
+                "heads have {head_dim} dimensions; the kernels take even numbers up to 256, \
+                 and multiples of 32 in a cache of {}",
+                cache.format
+            )));
+        };
+        let limits = inputs.shape;
+        let group = args.heads / cache.kv_heads.max(1);
+        for (what, found, limit) in [
+            ("query heads", args.heads, limits.heads),
+            ("query heads of a kv head", group, scratch.tiles.group()),
+            ("dimensions of a head", head_dim, limits.head_dim),
+        ] {
+            if found > limit {
+                return Err(DeviceError::StepTooLarge {
+                    device: self.context().id().clone(),
+                    what,
+                    found,
+                    limit,
+                });
+            }
+        }
+        let (score_factor, cap_factor) = score_factors(args.scale, args.softcap);
+        let window = |window: usize| window.clamp(1, i32::MAX as usize) as i32;
+        Ok(Extents {
+            cache,
+            heads: args.heads,
+            rows: inputs.rows,
+            index,
+            window: args.window.map_or(0, window),
+            score_factor,
+            cap_factor,
+        })
+    }
+
+    /// Norms and rotates queries and keys, and stores keys and values.
+    fn prepare_cache(
+        &self,
+        args: &AttentionArgs<'_, CudaBuffer>,
+        extents: &Extents,
+        inputs: &StepInputs,
+        scratch: &AttentionScratch,
+    ) -> Result<(), DeviceError> {
+        let CacheShape {
+            kv_heads, head_dim, ..
+        } = extents.cache;
+        let (query_width, key_width) = (extents.heads * head_dim, kv_heads * head_dim);
+        let rows = extents.rows;
+        let weight = |norm: Option<&HeadNorm<CudaBuffer>>, width: usize| {
+            norm.map_or(0, |norm| norm.weight.floats(width))
+        };
+        let kind =
+            |norm: Option<&HeadNorm<CudaBuffer>>| norm.map_or(0, |norm| norm_number(norm.kind));
+        let epsilon = |norm: Option<&HeadNorm<CudaBuffer>>| norm.map_or(0.0, |norm| norm.epsilon);
+        let rope = args
+            .rope
+            .map(|rope| (inputs.ropes[rope], inputs.angles(rope)));
+        let kernel_args = CacheArgs {
+            queries: args.queries.floats(rows * query_width),
+            keys: args.keys.floats(rows * key_width),
+            values: args.values.floats(rows * key_width),
+            queries_f16: if extents.is_exact() {
+                0
+            } else {
+                scratch.at(scratch.layout.queries)
+            },
+            key_pages: args.cache.keys.address(),
+            value_pages: args.cache.values.address(),
+            query_weight: weight(args.query_norm, query_width),
+            key_weight: weight(args.key_norm, key_width),
+            angles: rope.map_or(0, |(_, angles)| angles),
+            positions: inputs.positions(),
+            row_sequences: inputs.row_sequences(),
+            page_tables: inputs.page_tables(),
+            query_epsilon: epsilon(args.query_norm),
+            key_epsilon: epsilon(args.key_norm),
+            rows: rows as i32,
+            heads: extents.heads as i32,
+            kv_heads: kv_heads as i32,
+            head_dim: head_dim as i32,
+            padded_head_dim: extents.padded() as i32,
+            key_format: format_number(extents.cache.format.keys()),
+            value_format: format_number(extents.cache.format.values()),
+            query_norm: kind(args.query_norm),
+            key_norm: kind(args.key_norm),
+            rope_style: rope.map_or(0, |(layout, _)| rope_number(layout.style)),
+            rope_pairs: rope.map_or(0, |(layout, _)| layout.pairs as i32),
+            angle_pairs: (inputs.shape.rotary_dim / 2) as i32,
+            table_stride: inputs.shape.pages_per_sequence as i32,
+            unused: 0,
+        };
+        let warps = rows * (extents.heads + 2 * kv_heads);
+        let launch = Launch::linear(warps.div_ceil(CACHE_WARPS), THREADS);
+        // SAFETY: the structure is the kernel's; buffers and scratch hold what was asked of them
+        // above, and the step's positions lie in pages that its tables name.
+        unsafe { self.launch(self.kernels().attention.cache, launch, &kernel_args) }
+    }
+
+    /// What both kernels on tensor cores take.
+    fn attend_args(
+        args: &AttentionArgs<'_, CudaBuffer>,
+        extents: &Extents,
+        inputs: &StepInputs,
+        scratch: &AttentionScratch,
+        (heads, ring): (HeadTiles, Ring),
+    ) -> AttendArgs {
+        let head_dim = extents.cache.head_dim;
+        AttendArgs {
+            queries: scratch.at(scratch.layout.queries),
+            key_pages: args.cache.keys.address(),
+            value_pages: args.cache.values.address(),
+            out: args.out.floats(extents.rows * extents.heads * head_dim),
+            partial_out: scratch.at(scratch.layout.partial_out),
+            partial_state: scratch.at(scratch.layout.partial_state),
+            counters: scratch.at(scratch.layout.counters),
+            tiles: inputs.tiles(),
+            positions: inputs.positions(),
+            row_sequences: inputs.row_sequences(),
+            page_tables: inputs.page_tables(),
+            score_factor: extents.score_factor,
+            cap_factor: extents.cap_factor,
+            window: extents.window,
+            heads: extents.heads as i32,
+            kv_heads: extents.cache.kv_heads as i32,
+            head_dim: head_dim as i32,
+            heads_per_tile: heads.heads_per_tile as i32,
+            head_tiles: heads.head_tiles as i32,
+            key_format: format_number(extents.cache.format.keys()),
+            value_format: format_number(extents.cache.format.values()),
+            table_stride: inputs.shape.pages_per_sequence as i32,
+            most_pieces: scratch.layout.most_pieces as i32,
+            slots: ring.slots as i32,
+            slot_bytes: ring.slot_bytes as i32,
+        }
+    }
+
+    /// Rows of short runs.
+    fn attend_split(
+        &self,
+        args: &AttentionArgs<'_, CudaBuffer>,
+        extents: &Extents,
+        inputs: &StepInputs,
+        scratch: &AttentionScratch,
+    ) -> Result<(), DeviceError> {
+        let gpu = self.info();
+        let ring = Ring::split(&extents.cache, extents.padded(), gpu);
+        let ring = ring.ok_or_else(|| self.too_little_shared(extents))?;
+        let split = SplitGrid::of(
+            (scratch.tiles.split(), scratch.tiles.split_rows()),
+            &extents.cache,
+            extents.group(),
+            &scratch.layout,
+            gpu,
+        );
+        let launch = Launch {
+            grid: split.grid,
+            block: [THREADS, 1, 1],
+            shared_bytes: ring.shared_bytes,
+        };
+        let kernel_args = Self::attend_args(args, extents, inputs, scratch, (split.heads, ring));
+        let kernel = self.kernels().attention.split[extents.index];
+        // SAFETY: the structure is the kernel's; `check_attention` has held the call to the
+        // extents that the scratch was made for, and partial results are only used by as many
+        // rows as it has room for.
+        unsafe { self.launch(kernel, launch, &kernel_args) }
+    }
+
+    /// Rows of long runs.
+    fn attend_walk(
+        &self,
+        args: &AttentionArgs<'_, CudaBuffer>,
+        extents: &Extents,
+        inputs: &StepInputs,
+        scratch: &AttentionScratch,
+    ) -> Result<(), DeviceError> {
+        let ring = Ring::walk(&extents.cache, extents.padded(), self.info());
+        let ring = ring.ok_or_else(|| self.too_little_shared(extents))?;
+        let heads = HeadTiles::of(extents.group(), BLOCK_HEADS);
+        let launch = Launch {
+            grid: [
+                scratch.tiles.walked(),
+                extents.cache.kv_heads * heads.head_tiles,
+                1,
+            ],
+            block: [THREADS, 1, 1],
+            shared_bytes: ring.shared_bytes,
+        };
+        let mut kernel_args = Self::attend_args(args, extents, inputs, scratch, (heads, ring));
+        kernel_args.tiles += (scratch.tiles.split() * size_of::<Tile>()) as u64;
+        let kernel = self.kernels().attention.walk[extents.index];
+        // SAFETY: as for the rows of short runs.
+        unsafe { self.launch(kernel, launch, &kernel_args) }
+    }
+
+    /// Rows over a cache of f32.
+    fn attend_exact(
+        &self,
+        args: &AttentionArgs<'_, CudaBuffer>,
+        extents: &Extents,
+        inputs: &StepInputs,
+    ) -> Result<(), DeviceError> {
+        let elements = extents.rows * extents.heads * extents.cache.head_dim;
+        let kernel_args = AttendExactArgs {
+            queries: args.queries.floats(elements),
+            key_pages: args.cache.keys.address(),
+            value_pages: args.cache.values.address(),
+            out: args.out.floats(elements),
+            positions: inputs.positions(),
+            row_sequences: inputs.row_sequences(),
+            page_tables: inputs.page_tables(),
+            score_factor: extents.score_factor,
+            cap_factor: extents.cap_factor,
+            window: extents.window,
+            heads: extents.heads as i32,
+            kv_heads: extents.cache.kv_heads as i32,
+            head_dim: extents.cache.head_dim as i32,
+            table_stride: inputs.shape.pages_per_sequence as i32,
+            unused: 0,
+        };
+        let launch = Launch {
+            grid: [extents.rows, extents.heads, 1],
+            block: [THREADS, 1, 1],
+            shared_bytes: 0,
+        };
+        // SAFETY: as for the other kernels; no scratch is used.
+        unsafe { self.launch(self.kernels().attention.exact, launch, &kernel_args) }
+    }
+
+    fn too_little_shared(&self, extents: &Extents) -> DeviceError {
+        DeviceError::Operation {
+            device: self.context().id().clone(),
+            operation: "attention".to_owned(),
+            reason: format!(
+                "heads of {} dimensions need more shared memory than the {} of this GPU",
+                extents.cache.head_dim,
+                self.info().shared_per_block
+            ),
+        }
+    }
+}
+
+/// The kernels' number of a style; `ROPE_*` in `cache.cu`.
+fn rope_number(style: RopeStyle) -> i32 {
+    match style {
+        RopeStyle::Halves => 1,
+        RopeStyle::Interleaved => 2,
+    }
+}

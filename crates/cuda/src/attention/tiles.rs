@@ -1,0 +1,315 @@
+//! Which rows of a step are attended together.
+
+use bytemuck::{Pod, Zeroable};
+
+/// Tokens of a tile of keys; `TILE` in `attention.cuh`.
+pub(super) const TILE_TOKENS: usize = 64;
+
+/// `MOST_PIECES` in `attention.cuh`.
+const MOST_PIECES: usize = 64;
+
+/// Query heads of rows that a block of the splitting kernel takes; `HEADS_OF_WARP` in
+/// `attention.cu`.
+pub(super) const SPLIT_HEADS: usize = 16;
+
+/// Query heads of rows that a block of the walking kernel takes; `HEADS_OF_BLOCK` in
+/// `attention.cu`.
+pub(super) const BLOCK_HEADS: usize = 64;
+
+/// Rows of a run up to which its sequence is split among blocks. What a row gives does not
+/// depend on this.
+const MOST_SPLIT_RUN: usize = 16;
+
+/// Rows of one sequence whose positions follow each other, as the kernels take them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
+pub(crate) struct Tile {
+    /// The first row.
+    first_row: u32,
+    /// How many; none: the tile stands for nothing.
+    rows: u32,
+    /// The first row's place among the partial results.
+    partial_row: u32,
+    unused: u32,
+}
+
+/// The tiles of a step: first those whose sequences are split among blocks, then the others.
+#[derive(Debug)]
+pub(crate) struct Tiles {
+    /// `[rows]`, filled up with tiles of no rows.
+    tiles: Vec<Tile>,
+    /// Query heads that share a kv head.
+    group: usize,
+    split: usize,
+    split_rows: usize,
+    walked: usize,
+}
+
+impl Tiles {
+    /// Room for steps of up to `rows` rows, where `group` query heads share a kv head.
+    pub(crate) fn new(rows: usize, group: usize) -> Self {
+        Self {
+            tiles: Vec::with_capacity(rows),
+            group,
+            split: 0,
+            split_rows: 0,
+            walked: 0,
+        }
+    }
+
+    /// Cuts the rows of a step.
+    pub(crate) fn cut(&mut self, positions: &[u32], row_sequences: &[u32]) {
+        let rows = positions.len();
+        self.tiles.clear();
+        for is_split in [true, false] {
+            let mut start = 0;
+            while start < rows {
+                let end = run_end(positions, row_sequences, start);
+                if (end - start <= MOST_SPLIT_RUN) == is_split {
+                    self.cut_run(start, end, positions[start] as usize, is_split);
+                }
+                start = end;
+            }
+            if is_split {
+                self.split = self.tiles.len();
+            }
+        }
+        self.walked = self.tiles.len() - self.split;
+        if self.walked == 0 {
+            self.split = rows;
+        }
+        self.split_rows = if self.walked == 0 {
+            rows
+        } else {
+            let split = &self.tiles[..self.split];
+            split.iter().map(|tile| tile.rows as usize).sum()
+        };
+        self.tiles.resize(rows, Tile::default());
+    }
+
+    fn cut_run(&mut self, start: usize, end: usize, first_position: usize, is_split: bool) {
+        let heads = if is_split { SPLIT_HEADS } else { BLOCK_HEADS };
+        let rows_of_tile = heads / self.group.clamp(1, heads);
+        let mut row = start;
+        while row < end {
+            let position = first_position + row - start;
+            // Rows that the same rule cuts into pieces.
+            let alike = piece_tokens(position + 1) * MOST_PIECES - position;
+            let rows = rows_of_tile.min(end - row).min(alike);
+            let partial_row = self
+                .tiles
+                .last()
+                .map_or(0, |last| last.partial_row + last.rows);
+            self.tiles.push(Tile {
+                first_row: row as u32,
+                rows: rows as u32,
+                partial_row,
+                unused: 0,
+            });
+            row += rows;
+        }
+    }
+
+    /// `[rows]`: the split ones, then the others, then nothing.
+    pub(crate) fn all(&self) -> &[Tile] {
+        &self.tiles
+    }
+
+    /// Tiles to split. Where all are, there is one for each row of the step (some of no rows),
+    /// so that a launch depends on the number of rows alone.
+    pub(super) fn split(&self) -> usize {
+        self.split
+    }
+
+    /// Rows of the tiles to split, at most.
+    pub(super) fn split_rows(&self) -> usize {
+        self.split_rows
+    }
+
+    /// Tiles after those, whose blocks walk through their tokens.
+    pub(super) fn walked(&self) -> usize {
+        self.walked
+    }
+
+    /// Query heads that share a kv head, for which the rows were cut.
+    pub(super) fn group(&self) -> usize {
+        self.group
+    }
+}
+
+/// Where the run that begins with row `start` ends.
+fn run_end(positions: &[u32], row_sequences: &[u32], start: usize) -> usize {
+    let follows = |row: &usize| {
+        row_sequences[*row] == row_sequences[*row - 1]
+            && u64::from(positions[*row]) == u64::from(positions[*row - 1]) + 1
+    };
+    (start + 1..positions.len())
+        .find(|row| !follows(row))
+        .unwrap_or(positions.len())
+}
+
+/// Tokens of a piece of a row that sees `tokens`; `Span::piece_tiles` in `attention.cuh`.
+fn piece_tokens(tokens: usize) -> usize {
+    let mut piece = TILE_TOKENS;
+    while piece * MOST_PIECES < tokens {
+        piece *= 4;
+    }
+    piece
+}
+
+/// Most pieces of a tile of rows in sequences of up to `tokens` tokens. A window may begin and
+/// end within a piece, and the rows of a tile see one token each that others do not.
+pub(super) fn most_pieces(tokens: usize) -> usize {
+    tokens.div_ceil(TILE_TOKENS).clamp(1, MOST_PIECES + 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cut(rows: &[(u32, u32)], group: usize) -> Tiles {
+        let sequences: Vec<u32> = rows.iter().map(|&(sequence, _)| sequence).collect();
+        let positions: Vec<u32> = rows.iter().map(|&(_, position)| position).collect();
+        let mut tiles = Tiles::new(rows.len(), group);
+        tiles.cut(&positions, &sequences);
+        tiles
+    }
+
+    fn run(sequence: u32, from: u32, rows: u32) -> impl Iterator<Item = (u32, u32)> {
+        (from..from + rows).map(move |position| (sequence, position))
+    }
+
+    fn extents(tiles: &[Tile]) -> Vec<(u32, u32, u32)> {
+        tiles
+            .iter()
+            .map(|tile| (tile.first_row, tile.rows, tile.partial_row))
+            .collect()
+    }
+
+    #[test]
+    fn rows_of_many_sequences_are_tiles_of_their_own() {
+        let tiles = cut(&[(0, 7), (1, 7), (2, 8), (1, 9)], 4);
+        assert_eq!(
+            extents(tiles.all()),
+            [(0, 1, 0), (1, 1, 1), (2, 1, 2), (3, 1, 3)]
+        );
+        assert_eq!(
+            (tiles.split(), tiles.split_rows(), tiles.walked()),
+            (4, 4, 0)
+        );
+    }
+
+    #[test]
+    fn short_runs_share_tiles_and_leave_the_launch_as_it_is() {
+        let rows: Vec<_> = run(0, 10, 5).chain(run(1, 0, 3)).collect();
+        let tiles = cut(&rows, 4);
+        let mut expected = vec![(0, 4, 0), (4, 1, 4), (5, 3, 5)];
+        expected.resize(8, (0, 0, 0));
+        assert_eq!(extents(tiles.all()), expected);
+        assert_eq!(
+            (tiles.split(), tiles.split_rows(), tiles.walked()),
+            (8, 8, 0)
+        );
+    }
+
+    #[test]
+    fn long_runs_come_after_the_split_ones() {
+        let rows: Vec<_> = run(0, 100, 40).chain([(1, 5), (2, 6)]).collect();
+        let tiles = cut(&rows, 3);
+        assert_eq!(
+            (tiles.split(), tiles.split_rows(), tiles.walked()),
+            (2, 2, 2)
+        );
+        // 21 rows of 3 query heads are 63.
+        assert_eq!(
+            extents(&tiles.all()[..4]),
+            [(40, 1, 0), (41, 1, 1), (0, 21, 2), (21, 19, 23)]
+        );
+    }
+
+    #[test]
+    fn large_groups_have_one_row_a_tile() {
+        let rows: Vec<_> = run(0, 0, 20).collect();
+        let tiles = cut(&rows, 71);
+        assert_eq!(tiles.walked(), 20);
+        assert!(tiles.all().iter().all(|tile| tile.rows == 1));
+    }
+
+    #[test]
+    fn no_tile_has_rows_of_different_pieces() {
+        let rows: Vec<_> = run(0, 4_000, 200).collect();
+        let tiles = cut(&rows, 1);
+        let firsts = extents(&tiles.all()[..tiles.walked()]);
+        // Positions 4000..4096 see up to 4096 tokens.
+        assert_eq!(
+            firsts,
+            [(0, 64, 0), (64, 32, 64), (96, 64, 96), (160, 40, 160)]
+        );
+    }
+
+    #[test]
+    fn every_row_is_in_one_tile() {
+        for group in [1, 2, 3, 7, 8, 16, 71] {
+            let mut rows: Vec<(u32, u32)> = Vec::new();
+            for (sequence, length) in [1, 3, 16, 17, 64, 65, 200, 1].into_iter().enumerate() {
+                rows.extend(run(sequence as u32, 16_300 + 17 * length, length));
+            }
+            let tiles = cut(&rows, group);
+            let mut seen = vec![0; rows.len()];
+            for tile in tiles.all() {
+                let first = rows
+                    .get(tile.first_row as usize)
+                    .copied()
+                    .unwrap_or_default();
+                for row in 0..tile.rows {
+                    let at = (tile.first_row + row) as usize;
+                    assert_eq!(rows[at], (first.0, first.1 + row));
+                    seen[at] += 1;
+                    let tokens = |position: u32| piece_tokens(position as usize + 1);
+                    assert_eq!(tokens(rows[at].1), tokens(first.1));
+                }
+            }
+            assert!(
+                seen.iter().all(|&count| count == 1),
+                "group {group}: {seen:?}"
+            );
+            let split: u32 = tiles.all()[..tiles.split()]
+                .iter()
+                .map(|tile| tile.rows)
+                .sum();
+            assert_eq!(split as usize, tiles.split_rows());
+        }
+    }
+
+    #[test]
+    fn pieces_grow_with_what_a_row_sees() {
+        for (tokens, piece) in [
+            (1, 64),
+            (4_096, 64),
+            (4_097, 256),
+            (16_384, 256),
+            (16_385, 1_024),
+            (131_072, 4_096),
+        ] {
+            assert_eq!(piece_tokens(tokens), piece, "{tokens} tokens");
+        }
+        assert_eq!(most_pieces(256), 4);
+        assert_eq!(most_pieces(1 << 20), 66);
+    }
+
+    #[test]
+    fn no_window_touches_more_pieces_than_there_is_room_for() {
+        for window in [1, 63, 64, 1_000, 4_095, 4_096, 5_000, 16_384, 20_000] {
+            let piece = piece_tokens(window);
+            for position in (window - 1..window + 3 * piece).step_by(7) {
+                // A tile of rows that the window has left behind the first token.
+                let (first, last) = (position + 1 - window, position + BLOCK_HEADS - 1);
+                let pieces = last / piece - first / piece + 1;
+                assert!(
+                    pieces <= most_pieces(1 << 20),
+                    "window {window} at {position}"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,199 @@
+// Norms and rotates the heads of queries and keys, and stores keys and values in their pages.
+//
+// Bytes: queries, keys and values are read once (f32), fp16 queries and the stored vectors
+// written once: well under a megabyte for 64 rows, so the kernel costs its launch in decode.
+// One warp a head of a row; lane i holds elements i, i + 32, ... of the head.
+#include "pages.cuh"
+#include "rows.cuh"
+
+// How elements form pairs: 2 is interleaved.
+constexpr int32_t ROPE_NONE = 0;
+constexpr int32_t ROPE_HALVES = 1;
+
+struct CacheArgs {
+    // f32 [rows, heads, head_dim]; overwritten with what attention needs where `queries_f16` is
+    // null.
+    float* queries;
+    // f32 [rows, kv_heads, head_dim]
+    const float* keys;
+    // f32 [rows, kv_heads, head_dim]
+    const float* values;
+    // fp16 [rows, heads, padded_head_dim], zeros from head_dim on; or null.
+    __half* queries_f16;
+    // [pages, kv_heads] of the key format's blocks.
+    uint8_t* key_pages;
+    // [pages, kv_heads] of the value format's blocks.
+    uint8_t* value_pages;
+    // f32 [heads, head_dim] and [kv_heads, head_dim]; null: not normed.
+    const float* query_weight;
+    const float* key_weight;
+    // f32 [rows, 2, angle_pairs]: cosines, then sines.
+    const float* angles;
+    // u32 [rows]
+    const uint32_t* positions;
+    // u32 [rows]
+    const uint32_t* row_sequences;
+    // u32 [sequences, table_stride]
+    const uint32_t* page_tables;
+    float query_epsilon;
+    float key_epsilon;
+    int32_t rows;
+    int32_t heads;
+    int32_t kv_heads;
+    int32_t head_dim;
+    int32_t padded_head_dim;
+    int32_t key_format;
+    int32_t value_format;
+    // NORM_RMS or NORM_LAYER.
+    int32_t query_norm;
+    int32_t key_norm;
+    int32_t rope_style;
+    int32_t rope_pairs;
+    int32_t angle_pairs;
+    int32_t table_stride;
+    int32_t unused;
+};
+
+namespace {
+
+using namespace oxl;
+
+constexpr int WARPS = 4;
+constexpr int MOST_HEAD_DIM = 256;
+constexpr int PARTS = MOST_HEAD_DIM / GROUP;
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) {
+        x += __shfl_xor_sync(0xffffffffu, x, distance);
+    }
+    return x;
+}
+
+__device__ __forceinline__ void normalize(float (&x)[PARTS], int32_t kind, const float* weight,
+                                          float epsilon, int head_dim, int lane) {
+    float mean = 0.0f;
+    if (kind == NORM_LAYER) {
+        // Elements past head_dim are zero.
+        float sum = 0.0f;
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) sum += x[part];
+        mean = warp_sum(sum) / float(head_dim);
+    }
+    float squares = 0.0f;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+        const float difference = x[part] - mean;
+        if (part * GROUP + lane < head_dim) squares += difference * difference;
+    }
+    const float scale = 1.0f / sqrtf(warp_sum(squares) / float(head_dim) + epsilon);
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+        const int element = part * GROUP + lane;
+        if (element < head_dim) x[part] = (x[part] - mean) * scale * weight[element];
+    }
+}
+
+// Rotates the pairs of a head by the row's angles; `head` is shared memory of the warp's own.
+__device__ __forceinline__ void rotate_pairs(float (&x)[PARTS], float* head, const CacheArgs& args,
+                                             int row, int lane) {
+    const int pairs = args.rope_pairs;
+    const float* cosines = args.angles + int64_t(row) * 2 * args.angle_pairs;
+    const float* sines = cosines + args.angle_pairs;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) head[part * GROUP + lane] = x[part];
+    __syncwarp();
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+        const int element = part * GROUP + lane;
+        if (element < 2 * pairs) {
+            const bool halves = args.rope_style == ROPE_HALVES;
+            const bool is_first = halves ? element < pairs : element % 2 == 0;
+            const int pair = halves ? (is_first ? element : element - pairs) : element / 2;
+            const int distance = halves ? pairs : 1;
+            const float other = head[is_first ? element + distance : element - distance];
+            const float along = __fmul_rn(x[part], cosines[pair]);
+            const float across = __fmul_rn(other, sines[pair]);
+            x[part] = is_first ? __fsub_rn(along, across) : __fadd_rn(along, across);
+        }
+    }
+}
+
+}  // namespace
+
+// Grid: a warp for each of rows * (heads + 2 * kv_heads) heads; 128 threads.
+extern "C" __global__ void __launch_bounds__(128)
+oxl_cache(const __grid_constant__ CacheArgs args) {
+    __shared__ float heads_of_warps[WARPS][MOST_HEAD_DIM];
+    dependency_wait();
+    dependency_trigger();
+    const int warp = threadIdx.x / WARP_LANES;
+    const int lane = threadIdx.x % WARP_LANES;
+    const int heads_of_row = args.heads + 2 * args.kv_heads;
+    const int64_t task = int64_t(blockIdx.x) * WARPS + warp;
+    const int row = int(task / heads_of_row);
+    if (row >= args.rows) return;
+    int head = int(task % heads_of_row);
+    const bool is_query = head < args.heads;
+    if (!is_query) head -= args.heads;
+    const bool is_key = !is_query && head < args.kv_heads;
+    if (!is_query && !is_key) head -= args.kv_heads;
+
+    const int head_dim = args.head_dim;
+    const int64_t from =
+        (int64_t(row) * (is_query ? args.heads : args.kv_heads) + head) * head_dim;
+    const float* source = (is_query ? args.queries : is_key ? args.keys : args.values) + from;
+    float x[PARTS];
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+        const int element = part * GROUP + lane;
+        x[part] = element < head_dim ? source[element] : 0.0f;
+    }
+    if (is_query || is_key) {
+        const float* weight = is_query ? args.query_weight : args.key_weight;
+        if (weight != nullptr) {
+            const int32_t norm = is_query ? args.query_norm : args.key_norm;
+            const float epsilon = is_query ? args.query_epsilon : args.key_epsilon;
+            normalize(x, norm, weight + head * head_dim, epsilon, head_dim, lane);
+        }
+        if (args.rope_style != ROPE_NONE) {
+            rotate_pairs(x, heads_of_warps[warp], args, row, lane);
+        }
+    }
+    const HeadLayout layout = {is_query || is_key ? args.key_format : args.value_format, head_dim};
+    if (layout.is_quantised()) {
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            if (part * GROUP < head_dim) x[part] = rotate_group(x[part], lane);
+        }
+    }
+    if (is_query) {
+#pragma unroll
+        for (int part = 0; part < PARTS; ++part) {
+            const int element = part * GROUP + lane;
+            if (args.queries_f16 == nullptr) {
+                if (element < head_dim) args.queries[from + element] = x[part];
+            } else if (element < args.padded_head_dim) {
+                const int64_t to =
+                    (int64_t(row) * args.heads + head) * args.padded_head_dim + element;
+                // Not a number stays none.
+                const float limited = x[part] > 65504.0f    ? 65504.0f
+                                      : x[part] < -65504.0f ? -65504.0f
+                                                            : x[part];
+                args.queries_f16[to] = __float2half_rn(limited);
+            }
+        }
+        return;
+    }
+    const int position = int(args.positions[row]);
+    const int64_t table = int64_t(args.row_sequences[row]) * args.table_stride;
+    const uint32_t page = args.page_tables[table + position / PAGE_TOKENS];
+    uint8_t* pages = is_key ? args.key_pages : args.value_pages;
+    uint8_t* block = head_page(pages, layout, args.kv_heads, page, head);
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+        if (part * GROUP < head_dim) {
+            store_group(block, layout, position % PAGE_TOKENS, part, x[part], lane);
+        }
+    }
+}
