@@ -6,23 +6,34 @@
 // weights, one global of activations a row tile (first or second level cache), 36 integer and fp16
 // operations and 4 mma a row tile.
 //
-// A block of threads (CTA) computes one column tile of 32 outputs over all of K, or over one of
-// `split_k` parts of it. Its warps have contiguous, equal ranges of K; each streams the bytes of
-// its range through a ring of its own in shared memory (cp.async, up to eight stages of 512 bytes
-// under way) whatever widths the range is made of. The first stages are asked for before the wait
-// for the previous kernel: weights do not depend on it.
+// A block of threads (CTA) computes one column tile of 32 outputs (up to 8 rows) or four (more
+// rows) over all of K or one of `split` parts of it. Each warp has one tile and a contiguous range
+// of K, all ranges of a matrix as equal as blocks allow; it streams the bytes of its range through
+// a ring of its own in shared memory (cp.async, up to eight stages of 512 bytes under way)
+// whatever widths the range is made of. The first stages are asked for before the wait for the
+// previous kernel: weights do not depend on it. Several tiles a CTA are for the activations: 32
+// rows are four times a tile's 4-bit weights, and are then read from the second-level cache once
+// for four tiles, whose warps find them in the first level.
 //
 // Order of sums: within a group in the tensor core (weights less their zero point, exact in
-// fp16), groups in order with acc += scale * part, warps in order, parts of K in order. All of it
-// depends on the matrix alone: a row's bits do not depend on the other rows nor on their number.
+// fp16), groups in order with acc += scale * part, ranges in order by fours, fours in order within
+// a part of K of the one-tile division, then these parts in order. All of it depends on the matrix
+// alone: a row's bits do not depend on the other rows nor on their number.
 //
-// Launch: grid = all matrices' tiles * split_k, one matrix after the other; block = 32 * the
-// largest `warps`; dynamic shared memory = warps * RING_BYTES.
+// Launch: grid = all matrices' CTAs, one matrix after the other; block = 32 * the largest number of
+// warps; dynamic shared memory = warps * RING_BYTES.
 #include "tiles.cuh"
 
 namespace oxl {
 
 constexpr int MOST_MATRICES = 5;
+
+// Column tiles of a CTA for more than 8 rows.
+constexpr int WIDE_TILES = 4;
+
+// Ranges of K that are summed before others join.
+constexpr int RANGES_OF_SUM = 4;
+
 constexpr int ROWS_OF_TILE = 8;
 
 // Bytes that one commit group of the ring holds, and all of them.
@@ -43,17 +54,19 @@ struct LinearMatrix {
     const float* bias;   // [out_features], or null
     float* out;          // [rows, out_features]
     int32_t out_features;
-    int32_t first_cta;   // of the grid
-    int32_t split_k;
-    int32_t warps;
-    int32_t first_counter;  // of its tiles; only with split_k > 1
-    int32_t first_partial;  // of its tiles * split_k; only with split_k > 1
+    int32_t first_cta;      // of the grid
+    int32_t split;          // CTAs that share a tile's K
+    int32_t ranges;         // of K in a CTA, a warp for each and each tile
+    int32_t sum_parts;      // of the split, that are summed before others join
+    int32_t first_counter;  // of its tiles or groups of tiles; only with split > 1
+    int32_t first_partial;  // of its tiles * split; only with split > 1
+    int32_t reserved;
 };
 
 struct LinearArgs {
     LinearMatrix matrices[oxl::MOST_MATRICES];
-    float* partials;     // [tiles * split_k of all matrices, PARTIAL_FLOATS]
-    uint32_t* counters;  // [tiles of all matrices], zero before and after every launch
+    float* partials;     // [tiles * split of all matrices, PARTIAL_FLOATS]
+    uint32_t* counters;  // zero before and after every launch
     int32_t matrix_count;
     int32_t rows;
     int32_t accumulate;  // 0: out = y; 1: out += store_scale * y
@@ -354,7 +367,34 @@ __device__ __forceinline__ bool is_last_part(uint32_t* counter, int parts) {
     return is_last;
 }
 
-template <int ROW_TILES>
+// The sum of a row and output over a CTA's ranges of K, whose warps' rings are neighbours.
+__device__ __forceinline__ float sum_ranges(const float* from, int ranges) {
+    float sum = 0.0f;
+    for (int first = 0; first < ranges; first += RANGES_OF_SUM) {
+        const int end = min(first + RANGES_OF_SUM, ranges);
+        float part = 0.0f;
+        for (int range = first; range < end; ++range) {
+            part += from[range * (RING_BYTES / sizeof(float))];
+        }
+        sum += part;
+    }
+    return sum;
+}
+
+// The same over the CTAs of a split.
+__device__ __forceinline__ float sum_split(const float* from, int split, int sum_parts) {
+    float sum = 0.0f;
+    for (int first = 0; first < split; first += sum_parts) {
+        float part = 0.0f;
+        for (int other = first; other < first + sum_parts; ++other) {
+            part += __ldcg(from + other * PARTIAL_FLOATS);
+        }
+        sum += part;
+    }
+    return sum;
+}
+
+template <int ROW_TILES, int TILES>
 __device__ __forceinline__ void linear(const LinearArgs& args) {
     extern __shared__ __align__(128) char rings[];
     dependency_trigger();
@@ -362,54 +402,59 @@ __device__ __forceinline__ void linear(const LinearArgs& args) {
     int index = 0;
     while (index + 1 < args.matrix_count && cta >= args.matrices[index + 1].first_cta) ++index;
     const LinearMatrix& target = args.matrices[index];
-    const int split_k = target.split_k;
-    const int tile = (cta - target.first_cta) / split_k;
-    const int split = (cta - target.first_cta) % split_k;
+    const int split = target.split;
+    const int ranges = target.ranges;
+    const int group = (cta - target.first_cta) / split;
+    const int part = (cta - target.first_cta) % split;
+    const int first_tile = group * TILES;
+    const int tiles = min(TILES, target.matrix.tiles - first_tile);
     // The same in all lanes, which the compiler cannot see in a thread's number.
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / WARP_LANES, 0);
     int lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
 
-    if (warp < target.warps) {
-        const int ranges = split_k * target.warps;
-        const int range = split * target.warps + warp;
-        const int begin = target.matrix.blocks * range / ranges;
-        const int end = target.matrix.blocks * (range + 1) / ranges;
+    if (warp < tiles * ranges) {
+        const int all_ranges = split * ranges;
+        const int range = part * ranges + warp % ranges;
+        const int begin = target.matrix.blocks * range / all_ranges;
+        const int end = target.matrix.blocks * (range + 1) / all_ranges;
         char* ring = rings + warp * RING_BYTES;
         Sums<ROW_TILES> sums = {};
-        multiply_range<ROW_TILES>(target, tile, lane, args.rows, begin, end, ring, sums);
+        multiply_range<ROW_TILES>(target, first_tile + warp / ranges, lane, args.rows, begin, end,
+                                  ring, sums);
         put_sums<ROW_TILES>(sums, lane, reinterpret_cast<float*>(ring));
     } else {
         dependency_wait();
     }
     __syncthreads();
 
+    // Sums of the CTA: [tile, row, output].
+    const int tile_places = args.rows * TILE_OUTPUTS;
+    const int places = tiles * tile_places;
     float* partials = args.partials;
-    if (split_k > 1) partials += int64_t(target.first_partial + tile * split_k) * PARTIAL_FLOATS;
-    const int places = args.rows * TILE_OUTPUTS;
+    if (split > 1) partials += int64_t(target.first_partial + first_tile * split) * PARTIAL_FLOATS;
     for (int place = threadIdx.x; place < places; place += blockDim.x) {
-        const int row = place / TILE_OUTPUTS;
-        const int output = place % TILE_OUTPUTS;
-        const float* from = reinterpret_cast<const float*>(rings) + sum_place(row, output);
-        float sum = 0.0f;
-        for (int other = 0; other < target.warps; ++other) {
-            sum += from[other * (RING_BYTES / sizeof(float))];
-        }
-        if (split_k > 1) {
-            __stcg(partials + split * PARTIAL_FLOATS + place, sum);
+        const int tile = TILES == 1 ? 0 : place / tile_places;
+        const int local = place - tile * tile_places;
+        const int row = local / TILE_OUTPUTS;
+        const int output = local % TILE_OUTPUTS;
+        const float* ring = reinterpret_cast<const float*>(rings + tile * ranges * RING_BYTES);
+        const float sum = sum_ranges(ring + sum_place(row, output), ranges);
+        if (split > 1) {
+            __stcg(partials + (tile * split + part) * PARTIAL_FLOATS + local, sum);
         } else {
-            store(args, target, row, tile * TILE_OUTPUTS + output, sum);
+            store(args, target, row, (first_tile + tile) * TILE_OUTPUTS + output, sum);
         }
     }
-    if (split_k == 1) return;
-    if (!is_last_part(args.counters + target.first_counter + tile, split_k)) return;
+    if (split == 1) return;
+    if (!is_last_part(args.counters + target.first_counter + group, split)) return;
     for (int place = threadIdx.x; place < places; place += blockDim.x) {
-        float sum = 0.0f;
-        for (int other = 0; other < split_k; ++other) {
-            sum += __ldcg(partials + other * PARTIAL_FLOATS + place);
-        }
-        const int output = tile * TILE_OUTPUTS + place % TILE_OUTPUTS;
-        store(args, target, place / TILE_OUTPUTS, output, sum);
+        const int tile = TILES == 1 ? 0 : place / tile_places;
+        const int local = place - tile * tile_places;
+        const float* from = partials + tile * split * PARTIAL_FLOATS + local;
+        const float sum = sum_split(from, split, target.sum_parts);
+        const int output = (first_tile + tile) * TILE_OUTPUTS + local % TILE_OUTPUTS;
+        store(args, target, local / TILE_OUTPUTS, output, sum);
     }
 }
 
@@ -418,15 +463,15 @@ __device__ __forceinline__ void linear(const LinearArgs& args) {
 // Up to 8, 16 and 32 rows.
 extern "C" __global__ void __launch_bounds__(512, 1)
     oxl_linear_8(const __grid_constant__ LinearArgs args) {
-    oxl::linear<1>(args);
+    oxl::linear<1, 1>(args);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1)
     oxl_linear_16(const __grid_constant__ LinearArgs args) {
-    oxl::linear<2>(args);
+    oxl::linear<2, oxl::WIDE_TILES>(args);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1)
     oxl_linear_32(const __grid_constant__ LinearArgs args) {
-    oxl::linear<4>(args);
+    oxl::linear<4, oxl::WIDE_TILES>(args);
 }

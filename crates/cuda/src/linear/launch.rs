@@ -5,7 +5,7 @@ use oxllama_backend::{DeviceError, Store};
 
 use super::blaslt::Product;
 use super::layout::{TILE_OUTPUTS, TileMatrix};
-use super::plan::{MOST_WARPS, RING_BYTES};
+use super::plan::{MOST_WARPS, NARROW_ROWS, RING_BYTES};
 use super::scratch::{FEW_ROWS, LinearScratch};
 use super::{CudaLinear, MOST_MATRICES};
 use crate::device::CudaDevice;
@@ -36,10 +36,12 @@ struct LinearMatrix {
     out: CUdeviceptr,
     out_features: i32,
     first_cta: i32,
-    split_k: i32,
-    warps: i32,
+    split: i32,
+    ranges: i32,
+    sum_parts: i32,
     first_counter: i32,
     first_partial: i32,
+    reserved: i32,
 }
 
 /// `LinearArgs` of `linear.cu`.
@@ -131,16 +133,19 @@ fn store_numbers(store: Store) -> (i32, f32) {
     }
 }
 
-/// The matrices of one launch, its blocks of threads and their warps.
+/// The matrices of a launch of `rows` rows from `first_row` on, its blocks of threads and their
+/// warps.
 fn divide(
     operands: &[Operand<'_>],
     first_row: usize,
+    rows: usize,
 ) -> ([LinearMatrix; MOST_MATRICES], usize, usize) {
     let mut matrices = [LinearMatrix::default(); MOST_MATRICES];
     let (mut ctas, mut warps, mut counters, mut partials) = (0, 0, 0, 0);
     for (target, operand) in matrices.iter_mut().zip(operands) {
         let weights = operand.weights;
-        let (layout, plan) = (&weights.layout, weights.plan);
+        let layout = &weights.layout;
+        let division = weights.plan.division(rows);
         let x_bytes = first_row * layout.padded_inputs() * 2;
         let out_bytes = first_row * weights.out_features * 4;
         *target = LinearMatrix {
@@ -150,16 +155,19 @@ fn divide(
             out: operand.out + out_bytes as u64,
             out_features: weights.out_features as i32,
             first_cta: ctas as i32,
-            split_k: plan.split_k as i32,
-            warps: plan.warps as i32,
+            split: division.split as i32,
+            ranges: division.ranges as i32,
+            sum_parts: division.sum_parts as i32,
             first_counter: counters,
             first_partial: partials,
+            reserved: 0,
         };
-        ctas += layout.tiles * plan.split_k;
-        warps = warps.max(plan.warps);
-        if plan.split_k > 1 {
-            counters += layout.tiles as i32;
-            partials += (layout.tiles * plan.split_k) as i32;
+        let groups = layout.tiles.div_ceil(division.tiles);
+        ctas += groups * division.split;
+        warps = warps.max(division.tiles.min(layout.tiles) * division.ranges);
+        if division.split > 1 {
+            counters += groups as i32;
+            partials += (layout.tiles * division.split) as i32;
         }
     }
     (matrices, ctas, warps)
@@ -208,7 +216,7 @@ impl CudaDevice {
         let kernels = &self.kernels().linear;
         for first_row in (0..rows).step_by(ROWS_OF_LAUNCH) {
             let count = (rows - first_row).min(ROWS_OF_LAUNCH);
-            let (matrices, ctas, warps) = divide(operands, first_row);
+            let (matrices, ctas, warps) = divide(operands, first_row, count);
             let args = LinearArgs {
                 matrices,
                 partials: scratch.partials(),
@@ -219,7 +227,7 @@ impl CudaDevice {
                 store_scale,
             };
             let kernel = match count {
-                0..=8 => kernels.by_rows[0],
+                0..=NARROW_ROWS => kernels.by_rows[0],
                 9..=16 => kernels.by_rows[1],
                 _ => kernels.by_rows[2],
             };

@@ -91,6 +91,9 @@ impl CudaDevice {
         store: Store,
         scratch: &LinearScratch,
     ) -> Result<(), DeviceError> {
+        if rows.rows > scratch.rows {
+            return Err(self.too_many_rows(rows.rows, scratch));
+        }
         let most_orders = if rows.rows > FEW_ROWS {
             1
         } else {
@@ -115,6 +118,15 @@ impl CudaDevice {
         Ok(())
     }
 
+    fn too_many_rows(&self, found: usize, scratch: &LinearScratch) -> DeviceError {
+        DeviceError::StepTooLarge {
+            device: self.context().id().clone(),
+            what: "rows of a linear, or inputs",
+            found,
+            limit: scratch.rows,
+        }
+    }
+
     /// The same for linears of few enough orders of inputs, in one launch each of preparation
     /// and product.
     fn multiply_group(
@@ -135,12 +147,7 @@ impl CudaDevice {
         for (slot, prepared) in prepared[..orders.count].iter_mut().enumerate() {
             let out = scratch.activations(slot, rows.rows, rows.padded_width);
             prepared.permutation = orders.distinct[slot].1;
-            prepared.out = out.ok_or_else(|| DeviceError::StepTooLarge {
-                device: self.context().id().clone(),
-                what: "rows of a linear",
-                found: rows.rows,
-                limit: scratch.rows,
-            })?;
+            prepared.out = out.ok_or_else(|| self.too_many_rows(rows.rows, scratch))?;
         }
         let unused = Operand {
             weights: first,
