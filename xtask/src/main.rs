@@ -8,8 +8,10 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 
+mod kernels;
 #[cfg(test)]
 mod tidy;
+mod toolkit;
 
 const USAGE: &str = "\
 usage: cargo xtask <task>
@@ -17,6 +19,10 @@ usage: cargo xtask <task>
 tasks:
   test [FILTER...]   fetch the demo model, then run every test (with nextest if it is installed)
   check              formatting and lints, as continuous integration runs them
+  kernels [--arch LIST]
+                     compile every CUDA kernel without a GPU, with the nvcc that is installed or
+                     else with one from Python packages; fail on a warning, a spill, local memory,
+                     or images over 3 MiB an architecture
 ";
 
 fn main() -> ExitCode {
@@ -24,10 +30,11 @@ fn main() -> ExitCode {
     let result = match arguments.split_first() {
         Some((task, rest)) if task == "test" => test(rest),
         Some((task, [])) if task == "check" => check(),
-        _ => {
-            report(USAGE);
-            return ExitCode::from(2);
-        }
+        Some((task, rest)) if task == "kernels" => match options(rest, ["--arch"]) {
+            Some([list]) => kernels::kernels(list),
+            None => return misused(),
+        },
+        _ => return misused(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -36,6 +43,30 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// The value of each option of `names` in `--name value` pairs; `None` if there is anything else.
+fn options<'a, const COUNT: usize>(
+    arguments: &'a [String],
+    names: [&str; COUNT],
+) -> Option<[Option<&'a str>; COUNT]> {
+    let mut values = [None; COUNT];
+    for pair in arguments.chunks(2) {
+        let [name, value] = pair else { return None };
+        let place = names.iter().position(|option| option == name)?;
+        values[place] = Some(value.as_str());
+    }
+    Some(values)
+}
+
+fn misused() -> ExitCode {
+    report(USAGE);
+    ExitCode::from(2)
+}
+
+#[expect(clippy::print_stdout, reason = "what a task is asked to show")]
+fn print(text: &str) {
+    println!("{text}");
 }
 
 #[expect(clippy::print_stderr, reason = "a command-line tool talks to its user")]
@@ -51,10 +82,19 @@ fn root() -> PathBuf {
         .into()
 }
 
-fn cargo<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Result<()> {
+/// Where cargo builds.
+fn target_folder() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or(root().join("target"), PathBuf::from)
+}
+
+fn cargo_command<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
     let mut command = Command::new(env!("CARGO"));
     command.args(arguments).current_dir(root());
-    run(&mut command)
+    command
+}
+
+fn cargo<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Result<()> {
+    run(&mut cargo_command(arguments))
 }
 
 fn run(command: &mut Command) -> Result<()> {
@@ -105,8 +145,7 @@ fn test(filters: &[String]) -> Result<()> {
 /// Tests that need the demo model say that they skipped when it is absent, so a machine
 /// without a network still runs the rest.
 fn fetch_demo_model() {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or(root().join("target"), PathBuf::from);
-    let binary = target
+    let binary = target_folder()
         .join("debug")
         .join(format!("oxllama{}", std::env::consts::EXE_SUFFIX));
     if let Err(error) = run(Command::new(binary).args(["pull", "smollm2-135m"])) {

@@ -187,3 +187,107 @@ fn licences_are_permissive() {
     }
     assert!(refused.is_empty(), "{refused:?}");
 }
+
+/// The units' folder.
+fn kernel_folder() -> PathBuf {
+    root().join("crates/kernels/cuda")
+}
+
+/// Name and text of every unit and header, without comments.
+fn kernel_sources() -> Vec<(String, String)> {
+    let entries = fs::read_dir(kernel_folder()).expect("the folder of kernels");
+    entries
+        .map(|entry| {
+            let path = entry.expect("an entry").path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let text = fs::read_to_string(&path).expect("a readable source");
+            let lines = text.lines();
+            let code: Vec<_> = lines
+                .map(|line| line.split("//").next().unwrap_or_default())
+                .collect();
+            (name.into_owned(), code.join("\n"))
+        })
+        .collect()
+}
+
+#[test]
+fn only_the_cuda_crate_calls_the_driver() {
+    for (path, text) in sources() {
+        let is_allowed = ["crates/cuda", "xtask"]
+            .iter()
+            .any(|folder| path.starts_with(root().join(folder)));
+        for name in ["cudarc", "libcuda", "cuInit", "CUdeviceptr"] {
+            assert!(
+                is_allowed || !text.contains(name),
+                "{} uses {name}",
+                path.display()
+            );
+        }
+    }
+    let metadata = metadata();
+    for package in metadata["packages"].as_array().expect("packages") {
+        let name = package["name"].as_str().unwrap_or_default();
+        let dependencies = package["dependencies"].as_array().expect("dependencies");
+        let has_driver = dependencies.iter().any(|other| other["name"] == "cudarc");
+        assert!(
+            !has_driver || name == "oxllama-cuda",
+            "{name} imports cudarc"
+        );
+    }
+}
+
+#[test]
+fn kernels_are_device_code_only() {
+    const HEADERS: [&str; 3] = ["cuda_fp16.h", "cuda_bf16.h", "stdint.h"];
+    for (name, code) in kernel_sources() {
+        for line in code.lines() {
+            if let Some((_, header)) = line.split_once("#include <") {
+                let header = header.trim_end().trim_end_matches('>');
+                assert!(
+                    HEADERS.contains(&header),
+                    "{name} includes {header}: NVRTC has {HEADERS:?} only"
+                );
+            }
+        }
+        assert!(!code.contains("<<<"), "{name} launches a kernel");
+        // `cudaMalloc` and its like: the runtime library.
+        let runtime = code.match_indices("cuda").find(|(at, _)| {
+            let next = code[at + "cuda".len()..].chars().next();
+            next.is_some_and(|letter| letter.is_ascii_uppercase())
+        });
+        assert!(runtime.is_none(), "{name} calls the runtime library");
+    }
+}
+
+#[test]
+fn every_kernel_is_found_by_a_name_of_its_own() {
+    let units = oxllama_nvcc::units(&kernel_folder()).expect("readable units");
+    let mut owners = BTreeMap::new();
+    for unit in &units {
+        let kernels = unit.kernels();
+        assert!(!kernels.is_empty(), "{} has no kernel", unit.name);
+        for kernel in kernels {
+            let name = &unit.name;
+            assert!(
+                kernel.starts_with("oxl_"),
+                "{kernel} of {name}: say oxl_{kernel}"
+            );
+            let other = owners.insert(kernel.clone(), name);
+            assert!(other.is_none(), "{kernel} is in {name} and in {other:?}");
+        }
+    }
+    // What the list of units would miss: files elsewhere, and entries written in another way.
+    for (name, code) in kernel_sources() {
+        let is_source = name.ends_with(".cu") || name.ends_with(".cuh");
+        assert!(is_source, "{name} is neither a unit nor a header");
+        let entries = code.matches("__global__").count();
+        let listed = units
+            .iter()
+            .find(|unit| format!("{}.cu", unit.name) == name);
+        let listed = listed.map_or(0, |unit| unit.kernels().len());
+        assert_eq!(
+            entries, listed,
+            "{name} declares kernels that are not `extern \"C\" __global__ void oxl_name(`"
+        );
+    }
+}
