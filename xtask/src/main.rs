@@ -8,6 +8,7 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 
+mod gpu_bundle;
 mod kernels;
 #[cfg(test)]
 mod tidy;
@@ -23,6 +24,9 @@ tasks:
                      compile every CUDA kernel without a GPU, with the nvcc that is installed or
                      else with one from Python packages; fail on a warning, a spill, local memory,
                      or images over 3 MiB an architecture
+  gpu-bundle [--arch LIST] [--out DIR]
+                     build the programs that test and measure on a machine with a GPU and without
+                     Rust, with images for 90a, into target/gpu-bundle; its run.sh runs them
 ";
 
 fn main() -> ExitCode {
@@ -32,6 +36,12 @@ fn main() -> ExitCode {
         Some((task, [])) if task == "check" => check(),
         Some((task, rest)) if task == "kernels" => match options(rest, ["--arch"]) {
             Some([list]) => kernels::kernels(list),
+            None => return misused(),
+        },
+        Some((task, rest)) if task == "gpu-bundle" => match options(rest, ["--arch", "--out"]) {
+            Some([list, out]) => {
+                gpu_bundle::gpu_bundle(list.unwrap_or("90a"), out.map(PathBuf::from))
+            }
             None => return misused(),
         },
         _ => return misused(),

@@ -150,11 +150,27 @@ pub fn run<D: Device>(
     tolerances: &Tolerances,
     reporter: &mut dyn FnMut(&CaseReport),
 ) -> Result<Summary, ConformanceError> {
+    run_selected(device, ledger, tolerances, &mut |_| true, reporter)
+}
+
+/// As [`run`], for the cases whose names `is_selected` takes. It is asked once for each case of
+/// the suite, in the suite's order.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_selected<D: Device>(
+    device: &D,
+    ledger: &Ledger,
+    tolerances: &Tolerances,
+    is_selected: &mut dyn FnMut(&str) -> bool,
+    reporter: &mut dyn FnMut(&CaseReport),
+) -> Result<Summary, ConformanceError> {
     let held = |ledger: &Ledger| ledger.usage(device.id()).map(|usage| usage.used.get());
     let before = held(ledger);
     let mut suite = Suite {
         bench: Bench { device, ledger },
         tolerances: *tolerances,
+        is_selected,
         reporter,
         summary: Summary::default(),
     };
@@ -171,18 +187,22 @@ pub fn run<D: Device>(
 struct Suite<'a, D> {
     bench: Bench<'a, D>,
     tolerances: Tolerances,
+    is_selected: &'a mut dyn FnMut(&str) -> bool,
     reporter: &'a mut dyn FnMut(&CaseReport),
     summary: Summary,
 }
 
 impl<D: Device> Suite<'_, D> {
-    /// Runs one case; `measure` returns its error.
+    /// Runs one case, if it is selected; `measure` returns its error.
     fn case(
         &mut self,
         name: String,
         tolerance: f64,
         measure: impl FnOnce(&Bench<'_, D>) -> Result<f64, CaseError>,
     ) -> Result<(), ConformanceError> {
+        if !(self.is_selected)(&name) {
+            return Ok(());
+        }
         let error = match measure(&self.bench) {
             Ok(error) => error,
             Err(source) => {

@@ -29,6 +29,22 @@ fn the_reference_conforms() {
 }
 
 #[test]
+fn only_selected_cases_run() {
+    let (device, ledger) = small_device();
+    let mut ran = Vec::new();
+    let summary = conformance::run_selected(
+        &device,
+        &ledger,
+        &Tolerances::REFERENCE,
+        &mut |name| name.starts_with("embed "),
+        &mut |report| ran.push(report.name.clone()),
+    )
+    .expect("every case runs");
+    assert!(!ran.is_empty() && ran.iter().all(|name| name.starts_with("embed ")));
+    assert_eq!(summary.cases, ran.len());
+}
+
+#[test]
 fn every_fault_is_found_and_nothing_else() {
     // Each fault of `FaultyDevice`: the cases that must fail of it, and those that may.
     let must_fail = |name: &str| {
