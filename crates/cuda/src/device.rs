@@ -14,6 +14,7 @@ use crate::error::CudaUnavailable;
 use crate::linear::{BlasLt, LinearKernels, LoaderPool};
 use crate::module::{Kernel, Modules};
 use crate::prepare::PrepareKernels;
+use crate::sample::SampleKernels;
 use crate::stream::Stream;
 
 /// Entries of the kernels, looked up once.
@@ -24,6 +25,7 @@ pub(crate) struct Kernels {
     pub(crate) prepare: PrepareKernels,
     pub(crate) elementwise: ElementwiseKernels,
     pub(crate) linear: LinearKernels,
+    pub(crate) sample: SampleKernels,
 }
 
 impl Kernels {
@@ -34,6 +36,7 @@ impl Kernels {
             prepare: PrepareKernels::find(modules, gpu)?,
             elementwise: ElementwiseKernels::find(modules)?,
             linear: LinearKernels::find(modules)?,
+            sample: SampleKernels::find(modules)?,
         })
     }
 }

@@ -110,7 +110,6 @@ struct FinishLogitsArgs {
 struct EmbedArgs {
     token_ids: CUdeviceptr,
     table: CUdeviceptr,
-    output_scales: CUdeviceptr,
     out: CUdeviceptr,
     width: i32,
     blocks: i32,
@@ -124,8 +123,6 @@ pub(crate) struct EmbedTable {
     /// f16, in the layout of linears: `[outputs / 32, inputs / 32, 4, 32, 8]`, both rounded up;
     /// 16-byte aligned.
     pub(crate) weights: CUdeviceptr,
-    /// f32 `[outputs]`: multiplies an output's weights; `None` where all are 1.
-    pub(crate) output_scales: Option<CUdeviceptr>,
     /// The table's outputs.
     pub(crate) tokens: usize,
     /// The table's inputs, in their own order.
@@ -182,7 +179,6 @@ impl CudaDevice {
         let args = EmbedArgs {
             token_ids: workspace.inputs.token_ids(),
             table: table.weights,
-            output_scales: table.output_scales.unwrap_or(0),
             out: out.floats(rows * table.width),
             width: table.width as i32,
             blocks: table.width.div_ceil(32) as i32,
@@ -367,6 +363,6 @@ mod tests {
         assert_eq!(size_of::<RowsArgs>(), 24 + 4 * MOST_ROW_INDICES);
         assert_eq!(size_of::<GatherIndexedArgs>(), 32);
         assert_eq!(size_of::<FinishLogitsArgs>(), 24);
-        assert_eq!(size_of::<EmbedArgs>(), 48);
+        assert_eq!(size_of::<EmbedArgs>(), 40);
     }
 }

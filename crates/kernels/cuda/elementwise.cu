@@ -228,8 +228,6 @@ struct EmbedArgs {
     // 32 lanes, 8 halves]; lane 4 g + t of piece i holds output 8 i + g and the inputs
     // 8 t..8 t + 8 of the block, so that an output has 64 bytes of each block in one run.
     const uint4* table;
-    // f32 [outputs of the table]: multiplies an output's weights. Null: 1.
-    const float* output_scales;
     // f32 [rows, width]
     float* out;
     // The table's inputs.
@@ -258,15 +256,14 @@ extern "C" __global__ void __launch_bounds__(128)
     const int lane = token % 8 * 4 + eight % 4;
     const int64_t block = int64_t(token / TILE) * args.blocks + eight / 4;
     const uint4 loaded = args.table[block * BLOCK_VECTORS + piece * oxl::WARP_LANES + lane];
-    const float scale =
-        args.output_scales == nullptr ? args.scale : args.scale * args.output_scales[token];
     const uint32_t words[4] = {loaded.x, loaded.y, loaded.z, loaded.w};
     float* out = args.out + int64_t(blockIdx.x) * args.width;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&words[2 * half]));
         const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&words[2 * half + 1]));
-        const Four four = {{scale * low.x, scale * low.y, scale * high.x, scale * high.y}};
+        const Four four = {{args.scale * low.x, args.scale * low.y, args.scale * high.x,
+                            args.scale * high.y}};
         oxl::store_four(out, first + 4 * half, args.width, four);
     }
 }

@@ -219,7 +219,6 @@ impl LinearOps for CudaDevice {
         );
         let rows = EmbedTable {
             weights: table.matrix.weights,
-            output_scales: None,
             tokens: table.out_features,
             width: table.in_features,
         };
