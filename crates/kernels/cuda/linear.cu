@@ -55,8 +55,8 @@ struct LinearMatrix {
     float* out;          // [rows, out_features]
     int32_t out_features;
     int32_t first_cta;      // of the grid
-    int32_t split;          // CTAs that share a tile's K
-    int32_t ranges;         // of K in a CTA, a warp for each and each tile
+    int32_t split_shift;    // 2^split_shift CTAs share a tile's K
+    int32_t ranges_shift;   // 2^ranges_shift ranges of K in a CTA, a warp for each and each tile
     int32_t sum_parts;      // of the split, that are summed before others join
     int32_t first_counter;  // of its tiles or groups of tiles; only with split > 1
     int32_t first_partial;  // of its tiles * split; only with split > 1
@@ -402,10 +402,11 @@ __device__ __forceinline__ void linear(const LinearArgs& args) {
     int index = 0;
     while (index + 1 < args.matrix_count && cta >= args.matrices[index + 1].first_cta) ++index;
     const LinearMatrix& target = args.matrices[index];
-    const int split = target.split;
-    const int ranges = target.ranges;
-    const int group = (cta - target.first_cta) / split;
-    const int part = (cta - target.first_cta) % split;
+    // Powers of two: divisions would delay the first loads.
+    const int split = 1 << target.split_shift;
+    const int ranges = 1 << target.ranges_shift;
+    const int group = (cta - target.first_cta) >> target.split_shift;
+    const int part = (cta - target.first_cta) & (split - 1);
     const int first_tile = group * TILES;
     const int tiles = min(TILES, target.matrix.tiles - first_tile);
     // The same in all lanes, which the compiler cannot see in a thread's number.
@@ -414,14 +415,14 @@ __device__ __forceinline__ void linear(const LinearArgs& args) {
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
 
     if (warp < tiles * ranges) {
-        const int all_ranges = split * ranges;
-        const int range = part * ranges + warp % ranges;
-        const int begin = target.matrix.blocks * range / all_ranges;
-        const int end = target.matrix.blocks * (range + 1) / all_ranges;
+        const int shift = target.split_shift + target.ranges_shift;
+        const int range = part * ranges + (warp & (ranges - 1));
+        const int begin = target.matrix.blocks * range >> shift;
+        const int end = target.matrix.blocks * (range + 1) >> shift;
         char* ring = rings + warp * RING_BYTES;
         Sums<ROW_TILES> sums = {};
-        multiply_range<ROW_TILES>(target, first_tile + warp / ranges, lane, args.rows, begin, end,
-                                  ring, sums);
+        const int tile = first_tile + (warp >> target.ranges_shift);
+        multiply_range<ROW_TILES>(target, tile, lane, args.rows, begin, end, ring, sums);
         put_sums<ROW_TILES>(sums, lane, reinterpret_cast<float*>(ring));
     } else {
         dependency_wait();

@@ -3,7 +3,9 @@
 use oxllama_format::DType;
 
 use super::elementwise::RandomNorm;
-use super::linear_cases::{SharedInput, exl2, float, region, shared_inputs, table, typical};
+use super::linear_cases::{
+    SharedInput, exl2, float, many_rows, region, shared_inputs, table, typical,
+};
 use super::random::Random;
 use super::weights::{LinearCase, RandomLinear};
 use super::{Bench, CaseError, ConformanceError, Suite, differing_bits, oracle};
@@ -11,6 +13,9 @@ use crate::{Activation, Device, GatedLinear, LinearOutput, NormLinears, Store};
 
 /// Rows of the largest step of a case.
 const MOST_ROWS: usize = 33;
+
+/// Rows of a prompt: backends may have other ways for so many.
+const MANY_ROWS: usize = 200;
 
 /// All cases of this module.
 pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), ConformanceError> {
@@ -21,7 +26,7 @@ pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), Conformance
         let random = Random::for_case(&name);
         let tolerance = suite.tolerances.linear(&case.stored);
         suite.case(name.clone(), tolerance, |bench| {
-            values(bench, &case, random.clone())
+            values(bench, &case, MOST_ROWS, random.clone())
         })?;
         // Every row count for some of each kind, the usual edges for all small ones.
         let row_counts: Vec<usize> = match (in_features * out_features, index % 8) {
@@ -33,29 +38,48 @@ pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), Conformance
             row_independence(bench, &case, &row_counts, random.clone())
         })?;
     }
+    run_many_rows(suite)?;
     run_norm_linears(suite)?;
     run_gated_linears(suite)
+}
+
+/// Values alone: above some number of rows a backend may sum in another order.
+fn run_many_rows<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), ConformanceError> {
+    for (words, mut case) in many_rows() {
+        for bias in [false, true] {
+            case.bias = bias;
+            let bias = if bias { ", bias" } else { "" };
+            let name = format!("linear of {MANY_ROWS} rows, {words}{bias}");
+            let random = Random::for_case(&name);
+            let tolerance = suite.tolerances.linear(&case.stored);
+            suite.case(name, tolerance, |bench| {
+                values(bench, &case, MANY_ROWS, random.clone())
+            })?;
+        }
+    }
+    Ok(())
 }
 
 /// A linear on the device, and rows for it.
 struct Loaded<L> {
     linear: RandomLinear,
     weights: L,
-    /// f32 `[MOST_ROWS, in_features]`
+    /// f32 `[rows, in_features]`
     x: Vec<f32>,
-    /// f32 `[MOST_ROWS, out_features]`: what a residual stream held before.
+    /// f32 `[rows, out_features]`: what a residual stream held before.
     old: Vec<f32>,
 }
 
 fn draw<D: Device>(
     bench: &Bench<'_, D>,
     case: &LinearCase,
+    rows: usize,
     mut random: Random,
 ) -> Result<Loaded<D::Linear>, CaseError> {
     let linear = case.random(&mut random);
     let weights = bench.load(&linear)?;
-    let x = random.activations(MOST_ROWS * case.in_features);
-    let old = random.activations(MOST_ROWS * case.out_features);
+    let x = random.activations(rows * case.in_features);
+    let old = random.activations(rows * case.out_features);
     Ok(Loaded {
         linear,
         weights,
@@ -111,9 +135,10 @@ const STORES: [Store; 3] = [
 fn values<D: Device>(
     bench: &Bench<'_, D>,
     case: &LinearCase,
+    rows: usize,
     random: Random,
 ) -> Result<f64, CaseError> {
-    let loaded = draw(bench, case, random)?;
+    let loaded = draw(bench, case, rows, random)?;
     let shape = bench.device.linear_shape(&loaded.weights);
     if shape != (case.in_features, case.out_features) {
         return Ok(f64::INFINITY);
@@ -122,7 +147,7 @@ fn values<D: Device>(
     let mut worst = 0.0_f64;
     for store in STORES {
         let expected = oracle::store(store, &loaded.old, &y);
-        let found = multiply(bench, &loaded, store, 0, MOST_ROWS)?;
+        let found = multiply(bench, &loaded, store, 0, rows)?;
         worst = worst.max(oracle::worst_error(&found, &expected, case.out_features));
     }
     Ok(worst)
@@ -134,7 +159,7 @@ fn row_independence<D: Device>(
     row_counts: &[usize],
     random: Random,
 ) -> Result<f64, CaseError> {
-    let loaded = draw(bench, case, random)?;
+    let loaded = draw(bench, case, MOST_ROWS, random)?;
     let mut differing = 0.0;
     for store in [Store::Overwrite, Store::Add { scale: 0.22 }] {
         let all = multiply(bench, &loaded, store, 0, MOST_ROWS)?;
@@ -330,7 +355,7 @@ impl<L> GatedCase<L> {
         let up = random.activations(MOST_ROWS * case.in_features);
         Ok(Self {
             activation,
-            down: draw(bench, case, random)?,
+            down: draw(bench, case, MOST_ROWS, random)?,
             up,
         })
     }

@@ -168,6 +168,26 @@ fn exl2_cases() -> Vec<(String, LinearCase)> {
     cases
 }
 
+/// The linears that are tried with the rows of a prompt.
+pub(super) fn many_rows() -> Vec<(&'static str, LinearCase)> {
+    let plain = |stored, in_features, out_features| LinearCase {
+        stored,
+        in_features,
+        out_features,
+        bias: false,
+    };
+    let gptq = Stored::Gptq {
+        group_size: 64,
+        act_order: true,
+    };
+    vec![
+        ("EXL2", typical(288, 160, 31)),
+        ("GPTQ", plain(gptq, 192, 72)),
+        ("F16", plain(float(DType::F16), 96, 64)),
+        ("F16 of odd extents", plain(float(DType::F16), 50, 37)),
+    ]
+}
+
 /// Linears that read one input.
 pub(super) struct SharedInput {
     /// What is special about them.

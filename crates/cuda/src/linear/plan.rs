@@ -24,7 +24,7 @@ const LEAST_BLOCKS: usize = 2;
 /// of sums does not depend on what else a launch has to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Plan {
-    /// Parts of K whose sums are joined at last.
+    /// Parts of K whose sums are joined at last: a power of two.
     pub(crate) split_k: usize,
     /// Ranges of such a part, one a warp: a power of two.
     pub(crate) ranges: usize,
@@ -63,8 +63,11 @@ impl Plan {
             ranges /= 2;
         }
         let most = blocks / (ranges * LEAST_BLOCKS);
-        let split_k = (multiprocessors / tiles.max(1)).min(most).max(1);
-        Self { split_k, ranges }
+        let split = (multiprocessors / tiles.max(1)).min(most).max(1);
+        Self {
+            split_k: 1 << split.ilog2(),
+            ranges,
+        }
     }
 
     /// For launches of up to `rows` rows. The ranges are the same for every number of rows, and
@@ -116,6 +119,7 @@ mod tests {
                 for blocks in [1, 2, 3, 5, 18, 31, 64, 128, 344, 896, 65_535] {
                     let plan = Plan::of(tiles, blocks, multiprocessors);
                     assert!(plan.ranges.is_power_of_two() && plan.ranges <= MOST_WARPS);
+                    assert!(plan.split_k.is_power_of_two());
                     let ranges = plan.split_k * plan.ranges;
                     // As the kernel divides them.
                     let mut next = 0;

@@ -9,9 +9,10 @@ use super::plan::{RING_BYTES, most_partials};
 use crate::prepare::MOST_PREPARED;
 use crate::step::aligned;
 
-/// Rows up to which weights are multiplied as they are stored. From there on unpacking them to
-/// fp16 once costs less than the tensor cores lose on narrow products.
-pub(crate) const FEW_ROWS: usize = 64;
+/// Rows up to which weights are multiplied as they are stored, 32 at a time: four readings of 4-bit
+/// weights (later ones mostly from the second-level cache) are fewer bytes than unpacking them to
+/// fp16 and reading those. To be measured.
+pub(crate) const FEW_ROWS: usize = 128;
 
 /// Most bytes of weights that are unpacked at a time.
 const MOST_UNPACKED_BYTES: usize = 64 << 20;
@@ -172,7 +173,7 @@ mod tests {
             let shape = shape(rows, inputs, 64);
             let scratch = LinearScratch::new(&shape, 132, true, 0);
             let padded = inputs.next_multiple_of(32);
-            for rows in [1, 2, 8, 33, 64, rows] {
+            for rows in [1, 2, 8, 33, FEW_ROWS, rows] {
                 if rows <= shape.rows {
                     let slots = if rows > FEW_ROWS { 1 } else { MOST_PREPARED };
                     for slot in 0..slots {
@@ -190,14 +191,14 @@ mod tests {
     #[test]
     fn unpacked_weights_are_at_least_a_tile_and_at_most_the_widest_matrix() {
         let tiles = |inputs, outputs| {
-            let scratch = LinearScratch::new(&shape(65, inputs, outputs), 132, true, 0);
+            let scratch = LinearScratch::new(&shape(FEW_ROWS + 1, inputs, outputs), 132, true, 0);
             let padded = inputs.next_multiple_of(32);
             (scratch.unpacked(padded).1, scratch.parts.unpacked_bytes)
         };
         assert_eq!(tiles(4096, 128_256), (256, MOST_UNPACKED_BYTES));
         assert_eq!(tiles(64, 96), (3, 96 * 64 * 2));
         assert_eq!(tiles(1 << 21, 64).0, 1);
-        let few = LinearScratch::new(&shape(64, 4096, 4096), 132, true, 0);
+        let few = LinearScratch::new(&shape(FEW_ROWS, 4096, 4096), 132, true, 0);
         assert_eq!(few.parts.unpacked_bytes, 0);
         let without = LinearScratch::new(&shape(2048, 4096, 4096), 132, false, 0);
         assert_eq!(without.parts.unpacked_bytes, 0);
