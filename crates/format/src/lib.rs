@@ -16,8 +16,10 @@ mod lora;
 mod memory_source;
 mod mmap;
 mod model_source;
+mod model_writer;
 mod safetensors;
 mod source;
+mod synthetic;
 mod tensors;
 
 pub use config_json::{
@@ -34,8 +36,10 @@ pub use linear::{
 pub use lora::{AdapterModule, AdapterSource};
 pub use memory_source::MemoryTensors;
 pub use model_source::ModelSource;
+pub use model_writer::{WrittenModel, write_model};
 pub use safetensors::{
     HeaderEntry, SafetensorsDir, SafetensorsHeader, SafetensorsWriter, StoredDType,
 };
 pub use source::{TensorData, TensorInfo, TensorSource};
+pub use synthetic::{SyntheticShape, SyntheticShapeError};
 pub use tensors::{read_head_norm_f32, read_vector_f32};

@@ -9,7 +9,8 @@ use serde_json::{Map, Value};
 
 use crate::config_json::{ConfigView, MAX_CONFIG_BYTES, read_json_object, read_optional_file};
 use crate::gguf::GgufModel;
-use crate::{FormatError, GptqConfig, SafetensorsDir, TensorSource};
+use crate::synthetic::SyntheticTensors;
+use crate::{FormatError, GptqConfig, SafetensorsDir, SyntheticShape, TensorSource};
 
 /// Largest tokenizer.json that is read; the largest known one has 33 MB.
 const MAX_TOKENIZER_BYTES: u64 = 512 << 20;
@@ -29,6 +30,7 @@ pub struct ModelSource {
 enum Contents {
     Directory(SafetensorsDir),
     Gguf(Box<GgufModel>),
+    Synthetic(SyntheticTensors),
 }
 
 impl ModelSource {
@@ -58,15 +60,36 @@ impl ModelSource {
                 "a directory with config.json and safetensors files, or a .gguf file",
             ));
         }
-        let model = GgufModel::open(path)?;
+        Ok(Self::of_gguf(path, GgufModel::open(path)?))
+    }
+
+    /// A model of a known shape with random weights, which are made whenever they are read.
+    ///
+    /// # Errors
+    /// There can be no model of this shape: a width that EXL2 cannot store, bits per weight
+    /// outside 2 to 8.
+    pub fn synthetic(shape: &SyntheticShape) -> Result<Self, FormatError> {
+        let path = PathBuf::from(shape.to_string());
         Ok(ModelSource {
+            config_path: path.clone(),
+            path,
+            config: shape.config(),
+            generation_config: None,
+            tokenizer_config: Some(SyntheticShape::tokenizer_config()),
+            contents: Contents::Synthetic(SyntheticTensors::new(shape)?),
+        })
+    }
+
+    /// An opened GGUF file, presented as a directory.
+    pub(crate) fn of_gguf(path: &Path, model: GgufModel) -> Self {
+        ModelSource {
             path: path.to_path_buf(),
             config_path: path.to_path_buf(),
             config: model.config().clone(),
             generation_config: model.generation_config().cloned(),
             tokenizer_config: Some(model.tokenizer_config().clone()),
             contents: Contents::Gguf(Box::new(model)),
-        })
+        }
     }
 
     /// Opens a directory with config.json and safetensors files.
@@ -89,7 +112,7 @@ impl ModelSource {
         })
     }
 
-    /// The directory or file.
+    /// The directory or file; of a synthetic model, what it is called.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -99,6 +122,7 @@ impl ModelSource {
         match &self.contents {
             Contents::Directory(tensors) => tensors,
             Contents::Gguf(model) => model.as_ref(),
+            Contents::Synthetic(tensors) => tensors,
         }
     }
 
@@ -125,13 +149,15 @@ impl ModelSource {
         self.generation_config.as_ref()
     }
 
-    /// The bytes of tokenizer.json, or of one made from a GGUF file's vocabulary.
+    /// The bytes of tokenizer.json, or of one made from a GGUF file's vocabulary or for a
+    /// synthetic model.
     ///
     /// # Errors
     /// The file is missing or cannot be read, or the vocabulary is of an unknown kind.
     pub fn tokenizer_json(&self) -> Result<Cow<'_, [u8]>, FormatError> {
         match &self.contents {
             Contents::Gguf(model) => model.tokenizer_json().map(Cow::Owned),
+            Contents::Synthetic(tensors) => Ok(Cow::Owned(tensors.tokenizer_json().into_bytes())),
             Contents::Directory(_) => {
                 let path = self.path.join("tokenizer.json");
                 read_optional_file(&path, MAX_TOKENIZER_BYTES)?
@@ -150,11 +176,12 @@ impl ModelSource {
         self.tokenizer_config.as_ref()
     }
 
-    /// Bytes of the files that hold the tensors.
+    /// Bytes of the files that hold the tensors; of a synthetic model, those of its tensors.
     pub fn stored_bytes(&self) -> u64 {
         match &self.contents {
             Contents::Directory(tensors) => tensors.stored_bytes(),
             Contents::Gguf(model) => model.stored_bytes(),
+            Contents::Synthetic(tensors) => tensors.stored_bytes(),
         }
     }
 }
