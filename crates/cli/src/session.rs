@@ -119,9 +119,15 @@ pub(crate) struct Opened {
 }
 
 pub(crate) fn open(model: &str, placement: Option<&PlacementArgs>) -> Result<Opened> {
-    let path = resolve::model_path(model)?;
-    let source = ModelSource::open(&path)?;
-    let mut spec = ModelSpec::from_config(source.config()).with_context(|| cannot_load(&path))?;
+    open_source(ModelSource::open(&resolve::model_path(model)?)?, placement)
+}
+
+pub(crate) fn open_source(
+    source: ModelSource,
+    placement: Option<&PlacementArgs>,
+) -> Result<Opened> {
+    let mut spec =
+        ModelSpec::from_config(source.config()).with_context(|| cannot_load(source.path()))?;
     if let Some(placement) = placement {
         spec = spec
             .with_rope_overrides(RopeOverrides {

@@ -1,6 +1,7 @@
 //! The command line, defined once.
 
 mod answer;
+mod bench;
 mod engine;
 mod generate;
 mod placement;
@@ -10,6 +11,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 
 pub(crate) use answer::{AnswerArgs, ConstraintArgs};
+pub(crate) use bench::{BenchArgs, SynthArgs};
 pub(crate) use engine::{EngineArgs, LoraArg};
 pub(crate) use generate::{ChatArgs, GenerateArgs, MOST_CHOICES};
 pub(crate) use placement::{CacheKind, DeviceKind, ModelArgs, PlacementArgs, PolicyKind};
@@ -39,9 +41,11 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Turn a GGUF file into a Hugging Face directory (fp16)
     Import(ImportArgs),
+    /// Write a model of a known shape with random weights, to measure other programs with
+    Synth(SynthArgs),
     /// Download a model: a known name, or org/name[@revision] from a Hugging Face hub
     Pull(PullArgs),
-    /// Measure tokens per second, and the share of what the memory allows
+    /// Measure tokens per second, and the share of what memory and arithmetic allow
     Bench(BenchArgs),
     /// Measure perplexity, and distance from a reference model
     Eval(EvalArgs),
@@ -95,32 +99,6 @@ pub(crate) struct PullArgs {
         value_parser = clap::builder::FalseyValueParser::new()
     )]
     pub(crate) offline: bool,
-}
-
-#[derive(Debug, Args)]
-pub(crate) struct BenchArgs {
-    #[command(flatten)]
-    pub(crate) model: ModelArgs,
-
-    /// Tokens of the prefill measurement
-    #[arg(long, value_name = "N", default_value_t = 512)]
-    pub(crate) prefill: usize,
-
-    /// Tokens of the decode measurement, from an empty context
-    #[arg(long, value_name = "N", default_value_t = 128)]
-    pub(crate) decode: usize,
-
-    /// Decode so many sequences at a time as well, e.g. 2,4,8 (each compared with one alone)
-    #[arg(long, value_name = "N,...", value_delimiter = ',')]
-    pub(crate) batch: Vec<usize>,
-
-    /// Take the best of this many runs
-    #[arg(long, value_name = "N", default_value_t = 3)]
-    pub(crate) repeat: usize,
-
-    /// Print JSON
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]

@@ -9,3 +9,4 @@ pub(crate) mod import;
 pub(crate) mod inspect;
 pub(crate) mod plan;
 pub(crate) mod pull;
+pub(crate) mod synth;

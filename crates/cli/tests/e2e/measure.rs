@@ -3,8 +3,6 @@
 use std::fs;
 use std::path::Path;
 
-use serde_json::Value;
-
 use crate::common::{Output, Oxllama};
 use crate::support::{json, keys, shared, tiny};
 
@@ -130,59 +128,134 @@ fn eval_of_the_exl2_model_is_near_exllamav2s() {
     assert!((10.0..50.0).contains(&perplexity), "{perplexity}");
 }
 
-#[test]
-fn bench_reports_positive_figures() {
-    let output = Oxllama::new()
+/// `oxllama bench` on a tiny model.
+fn bench(arguments: &[&str]) -> Output {
+    Oxllama::new()
         .arg("bench")
         .arg(tiny("llama"))
-        .args([
-            "--prefill",
-            "20",
-            "--decode",
-            "4",
-            "--repeat",
-            "1",
-            "--batch",
-            "3,2",
-            "--json",
-        ])
+        .args(arguments)
         .run()
-        .succeeded();
-    let report = json(&output);
+}
+
+#[test]
+fn bench_reports_positive_figures() {
+    let arguments = [
+        "--prefill",
+        "20,8",
+        "--decode",
+        "4",
+        "--repeat",
+        "1",
+        "--batch",
+        "3,2",
+        "--depth",
+        "40",
+    ];
+    let report = json(&bench(&[&arguments[..], &["--json"]].concat()).succeeded());
     assert_eq!(
         keys(&report),
         [
             "model",
+            "device",
             "threads",
-            "bytes_per_token",
+            "cache",
+            "load_s",
+            "weight_bytes",
             "read_bandwidth_gb_per_s",
-            "floor_tokens_per_s",
-            "prefill_tokens",
-            "prefill_tokens_per_s",
-            "decode_tokens",
-            "decode_tokens_per_s",
-            "decode_share",
-            "batches",
-            "load_s"
+            "arithmetic_tflops",
+            "decode",
+            "prefill"
         ]
     );
-    for (name, value) in report.as_object().unwrap() {
-        match value {
-            Value::String(text) => assert!(!text.is_empty(), "{name}"),
-            Value::Array(batches) => {
-                // One alone, which the others are compared with, comes of itself.
-                let sequences: Vec<_> = batches.iter().map(|batch| &batch["sequences"]).collect();
-                assert_eq!(sequences, [&1, &2, &3]);
-                assert_eq!(batches[0]["speedup"], 1.0);
-                for batch in batches {
-                    assert!(batch["tokens_per_s"].as_f64().unwrap() > 0.0, "{batch}");
-                }
-            }
-            number => assert!(number.as_f64().unwrap() > 0.0, "{name}: {number}"),
-        }
+    for name in [
+        "threads",
+        "load_s",
+        "weight_bytes",
+        "read_bandwidth_gb_per_s",
+    ] {
+        assert!(report[name].as_f64().unwrap() > 0.0, "{name}: {report}");
     }
-    assert_eq!(report["prefill_tokens"], 20);
-    assert_eq!(report["decode_tokens"], 4);
+    assert_eq!(
+        (&report["model"], &report["cache"]),
+        (&"llama.gguf".into(), &"f16".into())
+    );
+    assert!(report["arithmetic_tflops"].is_null());
+    // One alone, which the others are compared with, comes of itself.
+    let decode = report["decode"].as_array().unwrap();
+    let cases: Vec<_> = decode
+        .iter()
+        .map(|case| {
+            ["sequences", "context_tokens", "tokens"].map(|name| case[name].as_u64().unwrap())
+        })
+        .collect();
+    assert_eq!(cases, [[1, 13, 4], [2, 13, 4], [3, 13, 4], [1, 40, 4]]);
+    assert_eq!(decode[0]["speedup"], 1.0);
+    for case in decode {
+        let figure = |name: &str| case[name].as_f64().unwrap();
+        let step_s = figure("step_ms") / 1e3;
+        assert!(step_s > 0.0 && figure("kv_bytes_per_step") > 0.0, "{case}");
+        let rate = figure("sequences") / step_s;
+        assert!((figure("tokens_per_s") / rate - 1.0).abs() < 1e-6, "{case}");
+        let share = figure("tokens_per_s") / figure("floor_tokens_per_s");
+        assert!((figure("share") / share - 1.0).abs() < 1e-6, "{case}");
+    }
+    let prefill = report["prefill"].as_array().unwrap();
+    let cases: Vec<_> = prefill
+        .iter()
+        .map(|case| ["tokens", "chunk_tokens"].map(|name| case[name].as_u64().unwrap()))
+        .collect();
+    assert_eq!(cases, [[8, 8], [20, 20]]);
+    for case in prefill {
+        assert!(case["tokens_per_s"].as_f64().unwrap() > 0.0, "{case}");
+        assert!(case["share"].is_null(), "{case}");
+    }
+    let page = bench(&arguments).succeeded().stdout;
+    for part in [
+        "llama.gguf on ",
+        "memory    reads ",
+        " 20 tokens in steps of up to 20\n",
+        "batch   3 ",
+        "up to context 40, ",
+    ] {
+        assert!(page.contains(part), "`{part}` is not in: {page}");
+    }
+}
+
+/// Arguments that do not parse, and what is said of them.
+#[track_caller]
+fn misused(arguments: &[&str], texts: &[&str]) {
+    let output = Oxllama::new().args(arguments).run();
+    assert_eq!(output.code, 2, "{output:?}");
+    for text in texts {
+        assert!(
+            output.stderr.contains(text),
+            "expected {text:?} in {output:?}"
+        );
+    }
+}
+
+#[test]
+fn bench_and_synth_say_what_they_need() {
+    misused(&["bench"], &["MODEL", "--synthetic <SHAPE:BPW>"]);
+    let both = ["bench", "--synthetic", "tinyllama-1b:4.0", "model"];
+    misused(&both, &["cannot be used with"]);
+    for (shape, texts) in [
+        ("llama2-7b", ["SHAPE:BPW", "codellama-34b", "from 2 to 8"]),
+        ("gpt9:4.0", ["gpt9", "tinyllama-1b", "llama3-70b"]),
+        ("llama3-8b:9", ["llama3-8b:9", "`9`", "from 2 to 8"]),
+    ] {
+        misused(&["bench", "--synthetic", shape], &texts);
+        misused(&["synth", shape, "model"], &texts);
+    }
+    let command = Oxllama::new();
+    fs::write(command.path("file"), "").unwrap();
+    let occupied = command.path("");
+    command
+        .again()
+        .args(["synth", "tinyllama-1b:4.0"])
+        .arg(occupied)
+        .run()
+        .failed_with(&["not empty"]);
 }
 
 #[test]
@@ -207,4 +280,5 @@ fn bench_refuses_to_measure_nothing() {
         .args(["--prefill", "100000"])
         .run()
         .failed_with(&["100000", "at most 512"]);
+    bench(&["--depth", "100"]).failed_with(&["--depth 100", "at least 130"]);
 }

@@ -1,0 +1,118 @@
+//! The measuring loops.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use oxllama_backend::PAGE_TOKENS;
+use oxllama_model::{Runner, StepPlan};
+
+/// Sequences that decode together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct DecodeCase {
+    pub(super) sequences: usize,
+    /// Tokens in each one's cache at the start.
+    pub(super) first: usize,
+    /// Tokens measured of each, after one that is not.
+    pub(super) tokens: usize,
+}
+
+impl DecodeCase {
+    /// Tokens in each one's cache at the end.
+    pub(super) fn context_tokens(&self) -> usize {
+        self.first.saturating_add(self.tokens).saturating_add(1)
+    }
+
+    /// Pages of each.
+    fn pages(&self) -> usize {
+        self.context_tokens().div_ceil(PAGE_TOKENS)
+    }
+
+    /// Tokens of a cache that has room for all.
+    pub(super) fn cache_tokens(&self) -> usize {
+        let pages = self.pages().saturating_mul(self.sequences);
+        pages.saturating_mul(PAGE_TOKENS)
+    }
+}
+
+/// Tokens a second of bringing `tokens` tokens into an empty cache.
+pub(super) fn prefill(runner: &mut dyn Runner, tokens: usize) -> Result<f64> {
+    let start = Instant::now();
+    fill(runner, (0, 0), tokens, 1)?;
+    Ok(tokens as f64 / start.elapsed().as_secs_f64())
+}
+
+/// Tokens a second, all sequences together, of steps with one row and its logits for each
+/// sequence. The first step is not counted: it may touch memory or make a graph for the first
+/// time.
+pub(super) fn decode(runner: &mut dyn Runner, case: DecodeCase) -> Result<f64> {
+    let DecodeCase {
+        sequences,
+        first,
+        tokens,
+    } = case;
+    let pages = case.pages();
+    for sequence in 0..sequences {
+        fill(runner, (sequence, sequence * pages), first, 0)?;
+    }
+    let mut step = StepPlan::default();
+    let mut start = Instant::now();
+    for position in first..=first + tokens {
+        if position == first + 1 {
+            start = Instant::now();
+        }
+        begin(&mut step, position + 1);
+        for sequence in 0..sequences {
+            let own = (sequence, sequence * pages);
+            push_rows(&mut step, runner, own, position..position + 1, 1);
+        }
+        runner.run(&step)?;
+    }
+    Ok((sequences * tokens) as f64 / start.elapsed().as_secs_f64())
+}
+
+/// Brings `tokens` tokens of a sequence into its pages, in the largest steps that were planned
+/// for; the last `logit_rows` of them with logits.
+fn fill(
+    runner: &mut dyn Runner,
+    own: (usize, usize),
+    tokens: usize,
+    logit_rows: usize,
+) -> Result<()> {
+    let mut step = StepPlan::default();
+    let max_rows = runner.limits().max_rows;
+    for first in (0..tokens).step_by(max_rows) {
+        let end = (first + max_rows).min(tokens);
+        begin(&mut step, end);
+        let logit_rows = if end == tokens { logit_rows } else { 0 };
+        push_rows(&mut step, runner, own, first..end, logit_rows);
+        runner.run(&step)?;
+    }
+    Ok(())
+}
+
+/// Empties `step` for sequences of up to `tokens` tokens.
+fn begin(step: &mut StepPlan, tokens: usize) {
+    step.clear();
+    step.pages_per_sequence = tokens.div_ceil(PAGE_TOKENS);
+}
+
+/// Adds the rows of a sequence, on pages from `first_page` on, at `positions`, with tokens that
+/// differ from row to row; the last `logit_rows` of them with logits.
+fn push_rows(
+    step: &mut StepPlan,
+    runner: &dyn Runner,
+    (sequence, first_page): (usize, usize),
+    positions: std::ops::Range<usize>,
+    logit_rows: usize,
+) {
+    let vocab_size = runner.spec().vocab_size;
+    let pages = first_page as u32..(first_page + step.pages_per_sequence) as u32;
+    let first = positions.start;
+    let tokens = positions.map(|position| spread(sequence + position, vocab_size));
+    step.push_sequence(tokens, first, pages, logit_rows);
+}
+
+/// A token for `index`: Knuth's multiplicative hash spreads them over the vocabulary.
+fn spread(index: usize, vocab_size: usize) -> u32 {
+    (index as u32).wrapping_mul(2_654_435_761) % vocab_size as u32
+}
