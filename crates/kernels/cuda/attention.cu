@@ -288,8 +288,6 @@ template <int D>
 __device__ __forceinline__ void attend_split(const AttendArgs& args) {
     extern __shared__ __align__(128) uint8_t dynamic_shared[];
     SplitShared& shared = *reinterpret_cast<SplitShared*>(dynamic_shared);
-    dependency_wait();
-    dependency_trigger();
     const Queries queries(args, blockIdx.x, blockIdx.y);
     // Launches of few rows have a block for every row, and may have fewer tiles.
     if (queries.rows == 0) return;
@@ -299,9 +297,10 @@ __device__ __forceinline__ void attend_split(const AttendArgs& args) {
     if (int(blockIdx.z) >= sharers) return;
     const bool is_alone = sharers == 1;
 
-    SplitBlock<D> block(args, queries, span, shared);
     TileRing<D> ring(args, queries, span, dynamic_shared + sizeof(SplitShared),
                      span.first_piece + blockIdx.z, sharers);
+    ring.start(queries, span);
+    SplitBlock<D> block(args, queries, span, shared);
     LaneStates whole = {{nothing_seen(), nothing_seen()}};
     float result[SplitBlock<D>::PAIRS][2][4] = {};
     for (int piece = span.first_piece + blockIdx.z; piece <= span.last_piece; piece += sharers) {
@@ -566,11 +565,11 @@ template <int D>
 __device__ __forceinline__ void attend_walk(const AttendArgs& args) {
     extern __shared__ __align__(128) uint8_t dynamic_shared[];
     constexpr int STRIDE = D + PADDING;
-    dependency_wait();
-    dependency_trigger();
     // Later rows see more: their blocks start first.
     const Queries queries(args, gridDim.x - 1 - blockIdx.x, blockIdx.y);
     const Span span(args, queries);
+    TileRing<D> ring(args, queries, span, dynamic_shared + QUERY_BYTES<D>, span.first_piece, 1);
+    ring.start(queries, span);
     __half* q = reinterpret_cast<__half*>(dynamic_shared);
     for (int index = threadIdx.x; index < HEADS_OF_BLOCK * (D / 8); index += ATTEND_THREADS) {
         const int m = index / (D / 8);
@@ -582,7 +581,6 @@ __device__ __forceinline__ void attend_walk(const AttendArgs& args) {
         }
         *reinterpret_cast<uint4*>(q + m * STRIDE + unit * 8) = elements;
     }
-    TileRing<D> ring(args, queries, span, dynamic_shared + QUERY_BYTES<D>, span.first_piece, 1);
     BlockWarp<D> warp(args, queries, q, threadIdx.x / WARP_LANES, threadIdx.x % WARP_LANES);
 
     // Where a piece is one tile, tiles are folded into the result; elsewhere into a piece, which

@@ -30,8 +30,9 @@ struct AttendArgs {
     float* partial_state;
     // i32 [tiles, kv_heads * head_tiles]: blocks that have finished; zero between launches.
     int32_t* counters;
-    // u32 [tiles, 4]: first row, rows, first partial row, unused. Rows of a tile belong to one
-    // sequence, and their positions follow each other.
+    // u32 [tiles, 4]: first row, rows, first partial row, tokens of the sequence that earlier
+    // steps have stored. Rows of a tile belong to one sequence, and their positions follow each
+    // other.
     const uint4* tiles;
     // u32 [rows]
     const uint32_t* positions;
@@ -190,6 +191,11 @@ __device__ __forceinline__ float fold(float kept, float part, FoldFactors factor
 }
 
 // --- The rows of a tile. ---
+//
+// The step's inputs, and what earlier steps have stored in pages, are read before
+// `dependency_wait`: `oxl_cache` comes before, and lets the next kernel start only after its own
+// wait, when all that was enqueued before it is done. What it stores itself is read after the
+// wait. (Through the second-level cache: the first may hold what was there before.)
 
 // Up to 16 or 64 query heads of rows of one sequence, all over one kv head. Query head m of the
 // tile is head m % heads_per_tile of row m / heads_per_tile.
@@ -197,6 +203,8 @@ struct Queries {
     int first_row;
     int rows;
     int partial_row;
+    // Tokens that earlier steps have stored.
+    int old_tokens;
     int kv_head;
     int first_head;
     int heads;
@@ -204,17 +212,18 @@ struct Queries {
     const uint32_t* page_table;
 
     __device__ __forceinline__ Queries(const AttendArgs& args, int index, int head_index) {
-        const uint4 tile = args.tiles[index];
+        const uint4 tile = __ldcg(args.tiles + index);
         first_row = int(tile.x);
         rows = int(tile.y);
         partial_row = int(tile.z);
+        old_tokens = int(tile.w);
         kv_head = head_index / args.head_tiles;
         const int group = args.heads / args.kv_heads;
         const int first_of_group = head_index % args.head_tiles * args.heads_per_tile;
         first_head = kv_head * group + first_of_group;
         heads = min(args.heads_per_tile, group - first_of_group);
-        first_position = int(args.positions[first_row]);
-        const int64_t sequence = args.row_sequences[first_row];
+        first_position = int(__ldcg(args.positions + first_row));
+        const int64_t sequence = __ldcg(args.row_sequences + first_row);
         page_table = args.page_tables + sequence * args.table_stride;
     }
 
@@ -320,10 +329,9 @@ struct TileSource {
     }
 
     // Starts copying a tile of the sequence to a slot: rows of fp16, or the page's own bytes.
-    __device__ __forceinline__ void copy(uint8_t* slot, const Queries& queries, const Span& span,
+    __device__ __forceinline__ void copy(uint8_t* slot, uint32_t page, const Span& span,
                                          int tile) const {
         const int token = tile * TILE;
-        const uint32_t page = queries.page_table[token / PAGE_TOKENS];
         const uint8_t* block = head_page(pages, layout, kv_heads, page, kv_head);
         const int token_in_page = token % PAGE_TOKENS;
         const int vector_bytes = layout.vector_bytes();
@@ -411,6 +419,9 @@ struct TileRing {
     int tile;
     int piece_step;
     bool is_values;
+    // The page that was looked up last, and which of the sequence's it is.
+    int page_index;
+    uint32_t page;
 
     __device__ __forceinline__ TileRing(const AttendArgs& args, const Queries& queries,
                                         const Span& span, uint8_t* shared, int first_piece,
@@ -430,21 +441,37 @@ struct TileRing {
         piece = first_piece;
         piece_step = step;
         is_values = false;
+        page_index = -1;
+        page = 0;
         tile = span.first_tile_of(piece);
-        for (int ahead = 1; ahead < slot_count; ++ahead) fill(queries, span);
+    }
+
+    // Fills all slots but one, before and after the wait for what this step stores.
+    __device__ __forceinline__ void start(const Queries& queries, const Span& span) {
+        int ahead = 1;
+        for (; ahead < slot_count && (tile + 1) * TILE <= queries.old_tokens; ++ahead) {
+            fill(queries, span);
+        }
+        dependency_wait();
+        dependency_trigger();
+        for (; ahead < slot_count; ++ahead) fill(queries, span);
     }
 
     __device__ __forceinline__ void fill(const Queries& queries, const Span& span) {
         if (piece <= span.last_piece) {
             uint8_t* slot = slots + fill_slot * slot_bytes;
+            if (page_index != tile * TILE / PAGE_TOKENS) {
+                page_index = tile * TILE / PAGE_TOKENS;
+                page = __ldcg(queries.page_table + page_index);
+            }
             if (is_values) {
-                values.copy(slot, queries, span, tile);
+                values.copy(slot, page, span, tile);
                 if (++tile > span.last_tile_of(piece)) {
                     piece += piece_step;
                     tile = span.first_tile_of(piece);
                 }
             } else {
-                keys.copy(slot, queries, span, tile);
+                keys.copy(slot, page, span, tile);
             }
             is_values = !is_values;
         }

@@ -125,6 +125,7 @@ __device__ __forceinline__ void rotate_pairs(float (&x)[PARTS], float* head, con
 extern "C" __global__ void __launch_bounds__(128)
 oxl_cache(const __grid_constant__ CacheArgs args) {
     __shared__ float heads_of_warps[WARPS][MOST_HEAD_DIM];
+    // In this order: attention's kernels rely on it (attention.cuh).
     dependency_wait();
     dependency_trigger();
     const int warp = threadIdx.x / WARP_LANES;
@@ -138,6 +139,11 @@ oxl_cache(const __grid_constant__ CacheArgs args) {
     if (!is_query) head -= args.heads;
     const bool is_key = !is_query && head < args.kv_heads;
     if (!is_query && !is_key) head -= args.kv_heads;
+
+    // Looked up while the head is on its way.
+    const int position = int(args.positions[row]);
+    const int64_t table = int64_t(args.row_sequences[row]) * args.table_stride;
+    const uint32_t page = args.page_tables[table + position / PAGE_TOKENS];
 
     const int head_dim = args.head_dim;
     const int64_t from =
@@ -185,9 +191,6 @@ oxl_cache(const __grid_constant__ CacheArgs args) {
         }
         return;
     }
-    const int position = int(args.positions[row]);
-    const int64_t table = int64_t(args.row_sequences[row]) * args.table_stride;
-    const uint32_t page = args.page_tables[table + position / PAGE_TOKENS];
     uint8_t* pages = is_key ? args.key_pages : args.value_pages;
     uint8_t* block = head_page(pages, layout, args.kv_heads, page, head);
 #pragma unroll

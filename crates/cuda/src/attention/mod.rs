@@ -86,7 +86,11 @@ impl AttentionScratch {
         Self {
             layout: ScratchLayout::of(shape),
             address,
-            tiles: Tiles::new(shape.rows, shape.heads / shape.kv_heads.max(1)),
+            tiles: Tiles::new(
+                shape.rows,
+                shape.sequences,
+                shape.heads / shape.kv_heads.max(1),
+            ),
         }
     }
 

@@ -1,5 +1,7 @@
 //! Which rows of a step are attended together.
 
+use std::ops::Range;
+
 use bytemuck::{Pod, Zeroable};
 
 /// Tokens of a tile of keys; `TILE` in `attention.cuh`.
@@ -30,7 +32,9 @@ pub(crate) struct Tile {
     rows: u32,
     /// The first row's place among the partial results.
     partial_row: u32,
-    unused: u32,
+    /// Tokens of the sequence that earlier steps have stored: they may be read while this step
+    /// is still storing its own.
+    old_tokens: u32,
 }
 
 /// The tiles of a step: first those whose sequences are split among blocks, then the others.
@@ -38,6 +42,8 @@ pub(crate) struct Tile {
 pub(crate) struct Tiles {
     /// `[rows]`, filled up with tiles of no rows.
     tiles: Vec<Tile>,
+    /// By sequence: the first of the step's positions.
+    first_positions: Vec<u32>,
     /// Query heads that share a kv head.
     group: usize,
     split: usize,
@@ -46,10 +52,12 @@ pub(crate) struct Tiles {
 }
 
 impl Tiles {
-    /// Room for steps of up to `rows` rows, where `group` query heads share a kv head.
-    pub(crate) fn new(rows: usize, group: usize) -> Self {
+    /// Room for steps of up to `rows` rows of `sequences` sequences, where `group` query heads
+    /// share a kv head.
+    pub(crate) fn new(rows: usize, sequences: usize, group: usize) -> Self {
         Self {
             tiles: Vec::with_capacity(rows),
+            first_positions: Vec::with_capacity(sequences),
             group,
             split: 0,
             split_rows: 0,
@@ -61,12 +69,23 @@ impl Tiles {
     pub(crate) fn cut(&mut self, positions: &[u32], row_sequences: &[u32]) {
         let rows = positions.len();
         self.tiles.clear();
+        self.first_positions.clear();
+        for (&position, &sequence) in positions.iter().zip(row_sequences) {
+            let sequence = sequence as usize;
+            if sequence >= self.first_positions.len() {
+                self.first_positions.resize(sequence + 1, u32::MAX);
+            }
+            let first = &mut self.first_positions[sequence];
+            *first = position.min(*first);
+        }
         for is_split in [true, false] {
             let mut start = 0;
             while start < rows {
                 let end = run_end(positions, row_sequences, start);
                 if (end - start <= MOST_SPLIT_RUN) == is_split {
-                    self.cut_run(start, end, positions[start] as usize, is_split);
+                    let old_tokens = self.first_positions[row_sequences[start] as usize];
+                    let first_position = positions[start] as usize;
+                    self.cut_run(start..end, first_position, old_tokens, is_split);
                 }
                 start = end;
             }
@@ -87,15 +106,21 @@ impl Tiles {
         self.tiles.resize(rows, Tile::default());
     }
 
-    fn cut_run(&mut self, start: usize, end: usize, first_position: usize, is_split: bool) {
+    fn cut_run(
+        &mut self,
+        run: Range<usize>,
+        first_position: usize,
+        old_tokens: u32,
+        is_split: bool,
+    ) {
         let heads = if is_split { SPLIT_HEADS } else { BLOCK_HEADS };
         let rows_of_tile = heads / self.group.clamp(1, heads);
-        let mut row = start;
-        while row < end {
-            let position = first_position + row - start;
+        let mut row = run.start;
+        while row < run.end {
+            let position = first_position + row - run.start;
             // Rows that the same rule cuts into pieces.
             let alike = piece_tokens(position + 1) * MOST_PIECES - position;
-            let rows = rows_of_tile.min(end - row).min(alike);
+            let rows = rows_of_tile.min(run.end - row).min(alike);
             let partial_row = self
                 .tiles
                 .last()
@@ -104,7 +129,7 @@ impl Tiles {
                 first_row: row as u32,
                 rows: rows as u32,
                 partial_row,
-                unused: 0,
+                old_tokens,
             });
             row += rows;
         }
@@ -170,7 +195,7 @@ mod tests {
     fn cut(rows: &[(u32, u32)], group: usize) -> Tiles {
         let sequences: Vec<u32> = rows.iter().map(|&(sequence, _)| sequence).collect();
         let positions: Vec<u32> = rows.iter().map(|&(_, position)| position).collect();
-        let mut tiles = Tiles::new(rows.len(), group);
+        let mut tiles = Tiles::new(rows.len(), 4, group);
         tiles.cut(&positions, &sequences);
         tiles
     }
@@ -210,6 +235,21 @@ mod tests {
             (tiles.split(), tiles.split_rows(), tiles.walked()),
             (8, 8, 0)
         );
+    }
+
+    #[test]
+    fn what_a_step_stores_is_not_old_for_any_of_its_rows() {
+        // Sequence 0 has two runs, since another row is between them.
+        let rows: Vec<_> = run(0, 70, 2)
+            .chain([(2, 9)])
+            .chain(run(0, 72, 20))
+            .collect();
+        let tiles = cut(&rows, 8);
+        let old: Vec<_> = tiles.all()[..4]
+            .iter()
+            .map(|tile| (tile.first_row, tile.old_tokens))
+            .collect();
+        assert_eq!(old, [(0, 70), (2, 9), (3, 70), (11, 70)]);
     }
 
     #[test]
