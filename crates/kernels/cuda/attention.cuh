@@ -351,12 +351,14 @@ struct TileSource {
             return;
         }
         // A page's blocks and every TILE-th vector in them start at multiples of 16 bytes.
+#pragma unroll 2
         for (int at = threadIdx.x * 16; at < end * vector_bytes; at += ATTEND_THREADS * 16) {
             copy_async(to + at, from + at, true);
         }
         const int scale_bytes = layout.scale_bytes();
         const uint8_t* scales =
             block + PAGE_TOKENS * vector_bytes + token_in_page * scale_bytes;
+#pragma unroll 1
         for (int at = threadIdx.x * 16; at < end * scale_bytes; at += ATTEND_THREADS * 16) {
             copy_async(to + TILE * vector_bytes + at, scales + at, true);
         }
@@ -370,32 +372,44 @@ struct TileSource {
         const int vector_bytes = layout.vector_bytes();
         const int scale_bytes = layout.scale_bytes();
         const uint8_t* scales = slot + TILE * vector_bytes;
+        const auto decode_units = [&](auto decode_unit) {
 #pragma unroll 4
-        for (int index = threadIdx.x; index < TILE * UNITS; index += ATTEND_THREADS) {
-            const int row = index / UNITS;
-            const int unit = index % UNITS;
-            uint4 elements = {0, 0, 0, 0};
-            if (row >= first && row < end && unit * 8 < layout.head_dim) {
-                const uint8_t* vector = slot + row * vector_bytes;
-                const __half* row_scales =
-                    reinterpret_cast<const __half*>(scales + row * scale_bytes);
-                if (layout.format == FORMAT_Q4) {
-                    const uint32_t word = reinterpret_cast<const uint32_t*>(vector)[unit];
-                    elements = decode_q4(word, row_scales[unit / 4]);
-                } else if (layout.format == FORMAT_Q8) {
-                    const uint2 words = reinterpret_cast<const uint2*>(vector)[unit];
-                    elements = decode_q8(words, row_scales[unit / 4]);
-                } else {
-                    // A head of an even number of dimensions that is not a multiple of 8.
-                    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(vector) + unit * 4;
-                    const int left = (layout.head_dim - unit * 8) / 2;
-                    elements.x = pairs[0];
-                    if (left > 1) elements.y = pairs[1];
-                    if (left > 2) elements.z = pairs[2];
-                    if (left > 3) elements.w = pairs[3];
+            for (int index = threadIdx.x; index < TILE * UNITS; index += ATTEND_THREADS) {
+                const int row = index / UNITS;
+                const int unit = index % UNITS;
+                uint4 elements = {0, 0, 0, 0};
+                if (row >= first && row < end && unit * 8 < layout.head_dim) {
+                    elements = decode_unit(slot + row * vector_bytes, row, unit);
                 }
+                *reinterpret_cast<uint4*>(rows + row * STRIDE + unit * 8) = elements;
             }
-            *reinterpret_cast<uint4*>(rows + row * STRIDE + unit * 8) = elements;
+        };
+        const auto scale = [&](int row, int unit) {
+            return reinterpret_cast<const __half*>(scales + row * scale_bytes)[unit / 4];
+        };
+        if (layout.format == FORMAT_Q4) {
+            decode_units([&](const uint8_t* vector, int row, int unit) {
+                const uint32_t word = reinterpret_cast<const uint32_t*>(vector)[unit];
+                return decode_q4(word, scale(row, unit));
+            });
+            return;
+        }
+        if (layout.format == FORMAT_Q8) {
+            decode_units([&](const uint8_t* vector, int row, int unit) {
+                const uint2 words = reinterpret_cast<const uint2*>(vector)[unit];
+                return decode_q8(words, scale(row, unit));
+            });
+            return;
+        }
+        // fp16 heads of an even number of dimensions that is not a multiple of 8.
+#pragma unroll 1
+        for (int index = threadIdx.x; index < TILE * D / 2; index += ATTEND_THREADS) {
+            const int row = index / (D / 2);
+            const int pair = index % (D / 2);
+            const bool is_seen = row >= first && row < end && pair * 2 < layout.head_dim;
+            const uint8_t* vector = slot + row * vector_bytes;
+            reinterpret_cast<uint32_t*>(rows + row * STRIDE)[pair] =
+                is_seen ? reinterpret_cast<const uint32_t*>(vector)[pair] : 0;
         }
     }
 };
@@ -448,30 +462,28 @@ struct TileRing {
 
     // Fills all slots but one, before and after the wait for what this step stores.
     __device__ __forceinline__ void start(const Queries& queries, const Span& span) {
-        int ahead = 1;
-        for (; ahead < slot_count && (tile + 1) * TILE <= queries.old_tokens; ++ahead) {
-            fill(queries, span);
+        bool has_waited = false;
+        for (int ahead = 1; ahead <= slot_count; ++ahead) {
+            if (!has_waited && (ahead == slot_count || (tile + 1) * TILE > queries.old_tokens)) {
+                dependency_wait();
+                dependency_trigger();
+                has_waited = true;
+            }
+            if (ahead < slot_count) fill(queries, span);
         }
-        dependency_wait();
-        dependency_trigger();
-        for (; ahead < slot_count; ++ahead) fill(queries, span);
     }
 
     __device__ __forceinline__ void fill(const Queries& queries, const Span& span) {
         if (piece <= span.last_piece) {
-            uint8_t* slot = slots + fill_slot * slot_bytes;
             if (page_index != tile * TILE / PAGE_TOKENS) {
                 page_index = tile * TILE / PAGE_TOKENS;
                 page = __ldcg(queries.page_table + page_index);
             }
-            if (is_values) {
-                values.copy(slot, page, span, tile);
-                if (++tile > span.last_tile_of(piece)) {
-                    piece += piece_step;
-                    tile = span.first_tile_of(piece);
-                }
-            } else {
-                keys.copy(slot, page, span, tile);
+            const TileSource<D> source = is_values ? values : keys;
+            source.copy(slots + fill_slot * slot_bytes, page, span, tile);
+            if (is_values && ++tile > span.last_tile_of(piece)) {
+                piece += piece_step;
+                tile = span.first_tile_of(piece);
             }
             is_values = !is_values;
         }

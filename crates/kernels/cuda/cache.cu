@@ -193,10 +193,13 @@ oxl_cache(const __grid_constant__ CacheArgs args) {
     }
     uint8_t* pages = is_key ? args.key_pages : args.value_pages;
     uint8_t* block = head_page(pages, layout, args.kv_heads, page, head);
+    // From shared memory, so that one copy of the code that encodes serves all groups.
+    __syncwarp();
 #pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-        if (part * GROUP < head_dim) {
-            store_group(block, layout, position % PAGE_TOKENS, part, x[part], lane);
-        }
+    for (int part = 0; part < PARTS; ++part) heads_of_warps[warp][part * GROUP + lane] = x[part];
+#pragma unroll 1
+    for (int part = 0; part * GROUP < head_dim; ++part) {
+        const float element = heads_of_warps[warp][part * GROUP + lane];
+        store_group(block, layout, position % PAGE_TOKENS, part, element, lane);
     }
 }
