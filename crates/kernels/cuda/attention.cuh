@@ -10,6 +10,12 @@
 //  - The result is the pieces folded in order, divided by the sum of weights.
 // Who computes which piece does not matter: the kernel that splits a sequence among blocks, the
 // kernel that walks through it, one row a tile or sixty-four all give the same bits.
+//
+// Against exact arithmetic on what the cache holds: queries, weights and decoded values are
+// rounded to fp16 (2^-11 of each), sums are f32. The error of the result is below 2e-3 of its
+// largest element for scores up to a few units, and grows with the scores (a rounded query
+// moves a score by 2^-12 of the sum of its products' magnitudes, about): 1e-2 where scores reach
+// 30.
 #pragma once
 
 #include "pages.cuh"
@@ -285,6 +291,67 @@ struct Span {
         return min(piece * piece_tiles + piece_tiles - 1, last_tile);
     }
 };
+
+// --- A warp's part of a tile. ---
+
+// Query heads that a warp multiplies at once.
+constexpr int HEADS_OF_WARP = 16;
+// Two fp16 ones.
+constexpr uint32_t ONES = 0x3c003c00u;
+
+// The state of the two rows of a lane, g and g + 8.
+struct LaneStates {
+    RowState rows[2];
+};
+
+// Adds the tile's parts of 16 dimensions, sum over tokens of weight * value, to what is kept.
+__device__ __forceinline__ void fold_values(float (&kept)[2][4], const uint32_t (&weights)[4][4],
+                                            const __half* values, int stride, int dimension,
+                                            const FoldFactors (&factors)[2], int lane) {
+    float part[2][4] = {};
+#pragma unroll
+    for (int step = 0; step < TILE / 16; ++step) {
+        uint32_t b[4];
+        load_values(b, values, stride, step * 16, dimension, lane);
+        multiply_add(part[0], weights[step], b[0], b[1]);
+        multiply_add(part[1], weights[step], b[2], b[3]);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) kept[n][i] = fold(kept[n][i], part[n][i], factors[i / 2]);
+    }
+}
+
+// The sums of the rows' weights: products with ones, in the order of the values' sums.
+__device__ __forceinline__ void sum_weights(RowState (&part)[2],
+                                            const uint32_t (&weights)[4][4]) {
+    float sums[4] = {};
+#pragma unroll
+    for (int step = 0; step < TILE / 16; ++step) multiply_add(sums, weights[step], ONES, ONES);
+    part[0].sum = sums[0];
+    part[1].sum = sums[2];
+}
+
+// The largest of a row's scores, which the four lanes of a row hold.
+__device__ __forceinline__ float largest_of_row(float x) {
+    x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+// Replaces products by scores; of tokens that a row does not see, by minus infinity. `token` is
+// the position of the first of the lane's two columns.
+__device__ __forceinline__ void products_to_scores(float (&s)[4], const AttendArgs& args, int token,
+                                                   const int (&positions)[2],
+                                                   const int (&firsts)[2], bool is_masked) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float score = score_of(s[i], args.score_factor, args.cap_factor);
+        const int at = token + i % 2;
+        const bool is_seen = !is_masked || (at <= positions[i / 2] && at >= firsts[i / 2]);
+        s[i] = is_seen ? score : minus_infinity();
+    }
+}
 
 // --- From pages to shared memory. ---
 

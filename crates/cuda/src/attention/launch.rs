@@ -167,7 +167,7 @@ const RESERVED_SHARED_BYTES: usize = 1024;
 /// Elements by which a row in shared memory is longer than a head; `PADDING` in `attention.cuh`.
 const PADDING: usize = 8;
 
-/// `SplitShared` of `attention.cu`.
+/// `SplitShared` of `attention_split.cu`.
 const SPLIT_SHARED_BYTES: usize = 2_688;
 
 /// Blocks of the splitting kernel that a multiprocessor is to hold.

@@ -1,9 +1,10 @@
 //! Attention over the paged cache.
 //!
 //! `cache.cu` norms and rotates heads and stores keys and values; then one of three kernels
-//! attends: `attention.cu`'s splits a sequence among blocks where it has few rows in the step,
-//! and walks through it where it has many; `attention_exact.cu`'s serves caches of f32. A row's
-//! bits depend on its own sequence alone, whichever of the first two computes it.
+//! attends: `attention_split.cu` splits a sequence among blocks where it has few rows in the
+//! step, `attention_walk.cu` walks through it where it has many, and `attention_exact.cu` serves
+//! caches of f32. A row's bits depend on its own sequence alone, whichever of the first two
+//! computes it.
 
 mod launch;
 mod tiles;
@@ -48,18 +49,19 @@ pub(crate) struct AttentionKernels {
 impl AttentionKernels {
     pub(crate) fn find(modules: &Modules, gpu: &GpuInfo) -> Result<Self, CudaUnavailable> {
         let shared_bytes = gpu.shared_per_block.get() as usize;
-        let attend = |name| modules.kernel("attention", name, shared_bytes);
+        let split = |name| modules.kernel("attention_split", name, shared_bytes);
+        let walk = |name| modules.kernel("attention_walk", name, shared_bytes);
         Ok(Self {
             cache: modules.kernel("cache", "oxl_cache", 0)?,
             split: [
-                attend("oxl_attend_split_64")?,
-                attend("oxl_attend_split_128")?,
-                attend("oxl_attend_split_256")?,
+                split("oxl_attend_split_64")?,
+                split("oxl_attend_split_128")?,
+                split("oxl_attend_split_256")?,
             ],
             walk: [
-                attend("oxl_attend_walk_64")?,
-                attend("oxl_attend_walk_128")?,
-                attend("oxl_attend_walk_256")?,
+                walk("oxl_attend_walk_64")?,
+                walk("oxl_attend_walk_128")?,
+                walk("oxl_attend_walk_256")?,
             ],
             exact: modules.kernel("attention_exact", "oxl_attend_exact", 0)?,
         })

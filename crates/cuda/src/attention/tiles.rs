@@ -11,11 +11,11 @@ pub(super) const TILE_TOKENS: usize = 64;
 const MOST_PIECES: usize = 64;
 
 /// Query heads of rows that a block of the splitting kernel takes; `HEADS_OF_WARP` in
-/// `attention.cu`.
+/// `attention.cuh`.
 pub(super) const SPLIT_HEADS: usize = 16;
 
 /// Query heads of rows that a block of the walking kernel takes; `HEADS_OF_BLOCK` in
-/// `attention.cu`.
+/// `attention_walk.cu`.
 pub(super) const BLOCK_HEADS: usize = 64;
 
 /// Rows of a run up to which its sequence is split among blocks. What a row gives does not
