@@ -100,13 +100,29 @@ pub(crate) fn load_with<D: Device>(
     ledger: Ledger,
     device: impl Fn(DeviceId) -> D,
 ) -> Result<Loaded<D>, ModelError> {
-    let source = ModelSource::open(path)?;
+    load_source(
+        &ModelSource::open(path)?,
+        request,
+        inventory,
+        ledger,
+        device,
+    )
+}
+
+/// The same for a model that is open.
+pub(crate) fn load_source<D: Device>(
+    source: &ModelSource,
+    request: &ModelRequest,
+    inventory: &Inventory,
+    ledger: Ledger,
+    device: impl Fn(DeviceId) -> D,
+) -> Result<Loaded<D>, ModelError> {
     let spec = ModelSpec::from_config(source.config())?;
     let infos = inventory.devices().iter();
     let devices: Vec<D> = infos.map(|info| device(info.id.clone())).collect();
-    let plan = plan_model(&source, &spec, &devices[0], inventory, request)?;
+    let plan = plan_model(source, &spec, &devices[0], inventory, request)?;
     let options = LoadOptions::new(&ledger);
-    let model = Decoder::load(&source, spec, devices, &plan, &options)?;
+    let model = Decoder::load(source, spec, devices, &plan, &options)?;
     Ok(Loaded {
         model,
         plan,

@@ -13,3 +13,4 @@ mod pairing;
 mod planning;
 mod smollm2;
 mod split;
+mod synthetic;
