@@ -22,6 +22,8 @@ use crate::stream::Stream;
 pub(crate) struct Kernels {
     pub(crate) begin_step: Kernel,
     pub(crate) attention: AttentionKernels,
+    pub(crate) read_all: Kernel,
+    pub(crate) fill_random: Kernel,
     pub(crate) prepare: PrepareKernels,
     pub(crate) elementwise: ElementwiseKernels,
     pub(crate) linear: LinearKernels,
@@ -33,6 +35,8 @@ impl Kernels {
         Ok(Self {
             begin_step: modules.kernel("step", "oxl_begin_step", 0)?,
             attention: AttentionKernels::find(modules, gpu)?,
+            read_all: modules.kernel("ceilings", "oxl_read_all", 0)?,
+            fill_random: modules.kernel("ceilings", "oxl_fill_random", 0)?,
             prepare: PrepareKernels::find(modules, gpu)?,
             elementwise: ElementwiseKernels::find(modules)?,
             linear: LinearKernels::find(modules)?,

@@ -10,6 +10,7 @@
 
 mod attention;
 mod buffer;
+mod ceilings;
 mod context;
 mod device;
 mod elementwise;

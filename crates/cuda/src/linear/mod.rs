@@ -19,14 +19,14 @@ use crate::device::CudaDevice;
 use crate::elementwise::EmbedTable;
 use crate::prepare::{MOST_PREPARED, Prepare, PreparedRows};
 use crate::step::CudaWorkspace;
-pub(crate) use blaslt::BlasLt;
+pub(crate) use blaslt::{BlasLt, Product};
 pub(crate) use launch::LinearKernels;
 use launch::Operand;
 use layout::{Layout, TileMatrix};
 pub(crate) use load::LoaderPool;
 use plan::Plan;
 use scratch::FEW_ROWS;
-pub(crate) use scratch::LinearScratch;
+pub(crate) use scratch::{LIBRARY_BYTES, LinearScratch};
 
 /// Matrices of one launch; `MOST_MATRICES` in `linear.cu`.
 pub(crate) const MOST_MATRICES: usize = 5;
