@@ -51,7 +51,7 @@ impl Serving {
                 Some(tokenizer) => Ok(tokenizer),
                 None => session::tokenizer(&opened.source),
             });
-            let runner = session::load(&opened, &host, placement, &plan);
+            let runner = session::load(&opened, &host, &plan);
             let tokenizer = tokenizer
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -165,5 +165,5 @@ fn load_draft(
     };
     let plan = session::plan(draft, host, placement, size)
         .context("the draft model does not fit beside the model: give a shorter --context")?;
-    session::load(draft, host, placement, &plan)
+    session::load(draft, host, &plan)
 }

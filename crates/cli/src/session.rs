@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use oxllama_backend::Device;
 use oxllama_backend::reference::ReferenceDevice;
 use oxllama_cpu::{CpuDevice, SpinPool};
+use oxllama_cuda::CudaDevice;
 use oxllama_format::{HostMemory, ModelSource};
 use oxllama_memory::{
     Bytes, CacheFormat, DeviceId, DeviceInfo, GpuSplit, Inventory, Ledger, Policy,
@@ -39,32 +40,98 @@ impl StepSize {
 
 /// The devices that the placement options describe, and the books over them.
 pub(crate) struct Host {
-    pub(crate) inventory: Inventory,
     pub(crate) ledger: Ledger,
-    pool: Arc<SpinPool>,
+    pub(crate) devices: Devices,
+}
+
+/// The devices of a [`Host`], all of one backend, in the order of its inventory.
+pub(crate) enum Devices {
+    Cpu(Vec<CpuDevice>),
+    Reference(Vec<ReferenceDevice>),
+    Cuda(Vec<CudaDevice>),
 }
 
 impl Host {
     pub(crate) fn new(placement: &PlacementArgs) -> Result<Self> {
-        let threads = placement.threads.unwrap_or_else(SpinPool::default_threads);
-        let pool = SpinPool::new(threads).context("cannot start the worker threads")?;
-        let inventory = inventory(placement)?;
+        let gpus = match placement.device {
+            DeviceKind::Cpu | DeviceKind::Reference => None,
+            DeviceKind::Cuda => Some(open_gpus()?),
+            // Virtual devices are made of the CPU.
+            DeviceKind::Auto if placement.virtual_devices.is_some() => None,
+            DeviceKind::Auto => gpus_if_any(),
+        };
+        let (inventory, devices) = match gpus {
+            Some((inventory, devices)) => (inventory, Devices::Cuda(devices)),
+            None => {
+                let inventory = cpu_inventory(placement)?;
+                let devices = Devices::on_cpu(placement, &inventory)?;
+                (inventory, devices)
+            }
+        };
         Ok(Self {
             ledger: Ledger::new(&inventory),
-            inventory,
-            pool: Arc::new(pool),
+            devices,
         })
     }
+}
 
-    fn cpu_devices(&self) -> Vec<CpuDevice> {
-        let device =
-            |info: &DeviceInfo| CpuDevice::with_pool(info.id.clone(), None, Arc::clone(&self.pool));
-        self.inventory.devices().iter().map(device).collect()
+impl Devices {
+    fn on_cpu(placement: &PlacementArgs, inventory: &Inventory) -> Result<Self> {
+        let infos = inventory.devices().iter();
+        if placement.device == DeviceKind::Reference {
+            let devices = infos.map(|info| ReferenceDevice::new(info.id.clone()));
+            return Ok(Self::Reference(devices.collect()));
+        }
+        let threads = placement.threads.unwrap_or_else(SpinPool::default_threads);
+        let pool = SpinPool::new(threads).context("cannot start the worker threads")?;
+        let pool = Arc::new(pool);
+        let devices =
+            infos.map(|info| CpuDevice::with_pool(info.id.clone(), None, Arc::clone(&pool)));
+        Ok(Self::Cpu(devices.collect()))
     }
+}
 
-    fn reference_devices(&self) -> Vec<ReferenceDevice> {
-        let device = |info: &DeviceInfo| ReferenceDevice::new(info.id.clone());
-        self.inventory.devices().iter().map(device).collect()
+/// Memory of a GPU that plans leave alone: what the driver takes for libraries, recorded steps
+/// and its own queues after a device has been opened.
+const DRIVER_RESERVE: Bytes = Bytes::from_mib(256);
+
+/// Every GPU that kernels are written for.
+fn open_gpus() -> Result<(Inventory, Vec<CudaDevice>)> {
+    let gpus = oxllama_cuda::gpus().context("cannot use a GPU (--device cpu does without)")?;
+    let mut devices = Vec::new();
+    let mut infos = Vec::new();
+    let mut refused = None;
+    for gpu in gpus {
+        match CudaDevice::open(&gpu) {
+            Ok(device) => {
+                let mut info = DeviceInfo::new(gpu.id.clone(), gpu.name.clone(), gpu.memory);
+                info.available = device.free_memory()?.saturating_sub(DRIVER_RESERVE);
+                infos.push(info);
+                devices.push(device);
+            }
+            Err(error) => refused = Some(error),
+        }
+    }
+    match refused {
+        Some(error) if devices.is_empty() => {
+            Err(error).context("cannot use a GPU (--device cpu does without)")
+        }
+        _ => Ok((Inventory::new(infos)?, devices)),
+    }
+}
+
+/// As [`open_gpus`] where there is a GPU at all; why one that is there is not used is told.
+fn gpus_if_any() -> Option<(Inventory, Vec<CudaDevice>)> {
+    use oxllama_cuda::CudaUnavailable::{NoDevice, NoDriver};
+    if let Err(NoDriver | NoDevice { .. }) = oxllama_cuda::gpus() {
+        return None;
+    }
+    match open_gpus() {
+        Ok(opened) => Some(opened),
+        Err(error) => {
+            output::note(format_args!("running on the CPU: {error:#}"));
+            None
+        }
     }
 }
 
@@ -72,7 +139,7 @@ impl Host {
 ///
 /// A split for several devices describes GPUs; on a machine without them it is planned (and
 /// run) on virtual devices of those sizes.
-fn inventory(placement: &PlacementArgs) -> Result<Inventory> {
+fn cpu_inventory(placement: &PlacementArgs) -> Result<Inventory> {
     let split_sizes = match &placement.gpu_split {
         Some(GpuSplit(sizes)) if sizes.len() > 1 => Some(sizes),
         _ => None,
@@ -179,15 +246,10 @@ pub(crate) fn plan(
     let Opened { source, spec } = opened;
     let request = request(placement, size);
     let inventory = host.ledger.inventory();
-    let plan = match placement.device {
-        DeviceKind::Cpu => plan_model(source, spec, &host.cpu_devices()[0], &inventory, &request),
-        DeviceKind::Reference => plan_model(
-            source,
-            spec,
-            &host.reference_devices()[0],
-            &inventory,
-            &request,
-        ),
+    let plan = match &host.devices {
+        Devices::Cpu(devices) => plan_model(source, spec, &devices[0], &inventory, &request),
+        Devices::Reference(devices) => plan_model(source, spec, &devices[0], &inventory, &request),
+        Devices::Cuda(devices) => plan_model(source, spec, &devices[0], &inventory, &request),
     };
     plan.map_err(|error| name_files(error, source))
 }
@@ -213,15 +275,11 @@ fn cannot_load(path: &Path) -> String {
 }
 
 /// Loads `opened` as `plan` says.
-pub(crate) fn load(
-    opened: &Opened,
-    host: &Host,
-    placement: &PlacementArgs,
-    plan: &ModelPlan,
-) -> Result<Box<dyn Runner>> {
-    match placement.device {
-        DeviceKind::Cpu => load_on(opened, host, host.cpu_devices(), plan),
-        DeviceKind::Reference => load_on(opened, host, host.reference_devices(), plan),
+pub(crate) fn load(opened: &Opened, host: &Host, plan: &ModelPlan) -> Result<Box<dyn Runner>> {
+    match &host.devices {
+        Devices::Cpu(devices) => load_on(opened, host, devices.clone(), plan),
+        Devices::Reference(devices) => load_on(opened, host, devices.clone(), plan),
+        Devices::Cuda(devices) => load_on(opened, host, devices.clone(), plan),
     }
 }
 

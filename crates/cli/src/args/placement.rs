@@ -17,8 +17,15 @@ pub(crate) struct ModelArgs {
 /// Where a model goes and how much of it.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct PlacementArgs {
-    /// What computes: the fast CPU backend, or the slow scalar one that all others are held to
-    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu, help_heading = "Placement")]
+    /// What computes: the GPUs where there are any, else the CPU; or one of the two; or the slow
+    /// scalar backend that all others are held to
+    #[arg(
+        long,
+        value_enum,
+        default_value_t = DeviceKind::Auto,
+        env = "OXLLAMA_DEVICE",
+        help_heading = "Placement"
+    )]
     pub(crate) device: DeviceKind,
 
     /// CPU threads [default: one per available core]
@@ -81,7 +88,9 @@ pub(crate) struct PlacementArgs {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DeviceKind {
+    Auto,
     Cpu,
+    Cuda,
     Reference,
 }
 

@@ -38,7 +38,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<ExitCode> {
         };
         let opened = session::open(model, Some(placement))?;
         let plan = session::plan(&opened, &host, placement, size)?;
-        let runner = session::load(&opened, &host, placement, &plan)?;
+        let runner = session::load(&opened, &host, &plan)?;
         Ok((opened, runner))
     };
     let (opened, mut runner) = load(&args.model.model, placement.cache)?;

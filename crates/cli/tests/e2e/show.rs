@@ -85,7 +85,7 @@ fn inspect_counts_the_bits_of_the_exl2_model() {
 #[test]
 fn devices_lists_the_cpu() {
     let devices = json(&Oxllama::new().args(["devices", "--json"]).run().succeeded());
-    let cpu = &devices[0];
+    let cpu = &devices["cpu"];
     assert_eq!(cpu["id"], "cpu:0");
     let number = |field: &str| cpu[field].as_u64().unwrap();
     assert!(number("threads") >= 1);
@@ -97,6 +97,25 @@ fn devices_lists_the_cpu() {
     let page = Oxllama::new().arg("devices").run().succeeded().stdout;
     assert!(page.starts_with("cpu:0  "), "{page}");
     assert!(page.contains("available"), "{page}");
+    // Either there are GPUs, or it says why not and what that means.
+    let gpus = devices["gpus"].as_array().unwrap();
+    assert_eq!(gpus.is_empty(), devices["no_gpus"].is_string());
+    assert_eq!(
+        gpus.is_empty(),
+        page.contains("models run on the CPU"),
+        "{page}"
+    );
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_refused_with_the_way_out() {
+    let devices = json(&Oxllama::new().args(["devices", "--json"]).run().succeeded());
+    if let Some(reason) = devices["no_gpus"].as_str() {
+        let model = tiny("llama");
+        let arguments = ["plan", model.to_str().unwrap(), "--device", "cuda"];
+        let refused = Oxllama::new().args(arguments).run();
+        refused.failed_with(&["--device cpu", reason]);
+    }
 }
 
 #[test]

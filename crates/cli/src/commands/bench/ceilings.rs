@@ -2,12 +2,15 @@
 
 use anyhow::Result;
 use oxllama_cpu::{SpinPool, measure_read_bandwidth};
+use oxllama_cuda::CudaDevice;
+use oxllama_memory::{Bytes, Purpose};
 
-use crate::args::{DeviceKind, PlacementArgs};
-use crate::session;
+use crate::args::PlacementArgs;
+use crate::session::{self, Devices, Host};
 
 /// What the bandwidth is measured over: far more than any cache.
 const BANDWIDTH_BYTES: usize = 1 << 30;
+const GPU_BANDWIDTH_BYTES: Bytes = Bytes::from_gib(1);
 
 /// The rates that no step can pass on the device that runs it.
 pub(super) struct Ceilings {
@@ -23,17 +26,31 @@ pub(super) struct Ceilings {
 }
 
 impl Ceilings {
-    /// Measures the device that `placement` asks for, once.
-    pub(super) fn measure(placement: &PlacementArgs) -> Result<Self> {
-        let threads = match placement.device {
-            DeviceKind::Cpu => placement.threads.unwrap_or_else(SpinPool::default_threads),
-            DeviceKind::Reference => 1,
+    /// Measures the (first) device of `host`, once.
+    pub(super) fn measure(host: &Host, placement: &PlacementArgs) -> Result<Self> {
+        let threads = match &host.devices {
+            Devices::Cpu(_) => placement.threads.unwrap_or_else(SpinPool::default_threads),
+            Devices::Reference(_) => 1,
+            Devices::Cuda(devices) => return Self::measure_gpu(host, &devices[0]),
         };
         Ok(Self {
             device: session::cpu_name(),
             threads: Some(threads),
             read_bytes_per_s: measure_read_bandwidth(threads, BANDWIDTH_BYTES)?,
             flops_per_s: None,
+        })
+    }
+
+    fn measure_gpu(host: &Host, device: &CudaDevice) -> Result<Self> {
+        let reserve = || {
+            let (id, bytes) = (&device.info().id, GPU_BANDWIDTH_BYTES);
+            host.ledger.reserve(id, "bench", Purpose::Workspace, bytes)
+        };
+        Ok(Self {
+            device: device.info().name.clone(),
+            threads: None,
+            read_bytes_per_s: device.measure_read_bandwidth(reserve()?)?,
+            flops_per_s: device.measure_matrix_rate(reserve()?)?,
         })
     }
 

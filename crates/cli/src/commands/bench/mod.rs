@@ -14,7 +14,7 @@ use oxllama_memory::Bytes;
 use oxllama_model::{Runner, inspect};
 
 use crate::args::{BenchArgs, PlacementArgs};
-use crate::session::{self, Host, Opened, StepSize};
+use crate::session::{self, Devices, Host, Opened, StepSize};
 use ceilings::Ceilings;
 use measure::DecodeCase;
 use report::{Decode, Prefill, Report};
@@ -56,16 +56,18 @@ struct Cases {
 pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
     check(args)?;
     let host = Host::new(&args.placement)?;
-    let devices = host.inventory.devices();
-    let on_gpu = devices.iter().any(|device| device.id.kind() != "cpu");
-    let cases = Cases::new(args, if on_gpu { &ON_GPU } else { &ON_CPU })?;
+    let defaults = match &host.devices {
+        Devices::Cuda(_) => &ON_GPU,
+        Devices::Cpu(_) | Devices::Reference(_) => &ON_CPU,
+    };
+    let cases = Cases::new(args, defaults)?;
     let (placement, size) = cases.plan_for(&args.placement);
     let start = Instant::now();
     let opened = open(args, &placement)?;
     let plan = session::plan(&opened, &host, &placement, size)?;
-    let mut runner = session::load(&opened, &host, &placement, &plan)?;
+    let mut runner = session::load(&opened, &host, &plan)?;
     let load_s = start.elapsed().as_secs_f64();
-    let best = Best::measure(runner.as_mut(), &placement, &cases, args.repeat)?;
+    let best = Best::measure(runner.as_mut(), (&host, &placement), &cases, args.repeat)?;
 
     let weight_bytes = Bytes(inspect(&opened.source, &opened.spec)?.bytes_per_token);
     let kv_bytes = |case| work::kv_bytes_per_step(&opened.spec, plan.memory.cache, case);
@@ -192,18 +194,18 @@ impl Best {
     /// All cases are measured in turns, so that a neighbour's load falls on all of them.
     fn measure(
         runner: &mut dyn Runner,
-        placement: &PlacementArgs,
+        (host, placement): (&Host, &PlacementArgs),
         cases: &Cases,
         repeat: usize,
     ) -> Result<Self> {
         let mut best = Self {
-            ceilings: Ceilings::measure(placement)?,
+            ceilings: Ceilings::measure(host, placement)?,
             prefills: vec![0.0; cases.prefills.len()],
             decodes: vec![0.0; cases.decodes.len()],
         };
         for round in 0..repeat {
             if round > 0 {
-                best.ceilings = best.ceilings.best(Ceilings::measure(placement)?);
+                best.ceilings = best.ceilings.best(Ceilings::measure(host, placement)?);
             }
             for (best, &tokens) in best.prefills.iter_mut().zip(&cases.prefills) {
                 *best = best.max(measure::prefill(runner, tokens)?);
