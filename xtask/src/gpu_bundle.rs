@@ -20,10 +20,10 @@ const OLDEST_GLIBC: Version = Version(2, 35);
 /// Programs: the name in cargo's folder of release builds, and the one in the bundle.
 const PROGRAMS: [(&str, &str); 2] = [
     ("oxllama", "oxllama"),
-    ("examples/gpu_tests", "oxllama-gpu-tests"),
+    ("oxllama-gpu-tests", "oxllama-gpu-tests"),
 ];
 
-/// Models, a few hundred kilobytes each, with their tokenizers: one of each kind of attention
+/// Models with their tokenizers, a few hundred kilobytes each: one of each kind of attention
 /// and norm.
 const MODELS: [&str; 4] = ["llama", "qwen3", "gemma3", "phi3"];
 
@@ -36,7 +36,7 @@ pub(crate) fn gpu_bundle(list: &str, out: Option<PathBuf>) -> Result<()> {
     let mut build = cargo_command(["build", "--release"]);
     build
         .args(["--package", "oxllama", "--bin", "oxllama"])
-        .args(["--package", "oxllama-cuda", "--example", "gpu_tests"])
+        .args(["--package", "oxllama-gpu-tests"])
         .env(NVCC_VARIABLE, toolkit.nvcc.path())
         .env(ARCHITECTURES_VARIABLE, list);
     run(&mut build)?;
@@ -59,6 +59,8 @@ pub(crate) fn gpu_bundle(list: &str, out: Option<PathBuf>) -> Result<()> {
         )?;
         files.push(fixtures.join(file));
     }
+    let families = root().join("tests/fixtures/models");
+    copy_folder(&families, &fixtures.join("models"), &mut files)?;
     let names: Vec<_> = targets.iter().map(ToString::to_string).collect();
     let version = format!(
         "oxllama {}, kernels for {}, {}\n",
@@ -87,6 +89,23 @@ pub(crate) fn gpu_bundle(list: &str, out: Option<PathBuf>) -> Result<()> {
 fn copy(from: &Path, to: &Path) -> Result<()> {
     fs::copy(from, to)
         .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    Ok(())
+}
+
+/// Copies all files of a folder and of those in it, and adds the copies to `files`.
+fn copy_folder(from: &Path, to: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    fs::create_dir_all(to).with_context(|| format!("cannot make {}", to.display()))?;
+    let entries = fs::read_dir(from).with_context(|| format!("no folder {}", from.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        let copied = to.join(path.file_name().unwrap_or_default());
+        if path.is_dir() {
+            copy_folder(&path, &copied, files)?;
+        } else {
+            copy(&path, &copied)?;
+            files.push(copied);
+        }
+    }
     Ok(())
 }
 

@@ -61,7 +61,7 @@ cat "$here/VERSION"
 "$oxllama" devices || true
 for section in $sections; do
   case $section in
-    conformance) step conformance "$here/oxllama-gpu-tests" ;;
+    conformance) step conformance "$here/oxllama-gpu-tests" "$here/fixtures/models" ;;
     generator)
       for model in "$here"/fixtures/*.gguf; do
         step "generator $(basename "$model" .gguf)" generator "$model"

@@ -1,0 +1,216 @@
+//! The engine over a tiny model on the GPU: many random jobs, some of which are dropped, on
+//! a cache that is too small for all of them.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+use oxllama_backend::Device;
+use oxllama_engine::{
+    Completion, Engine, EngineParts, EngineSettings, FinishReason, Job, JobStream, SamplingSettings,
+};
+use oxllama_format::ModelSource;
+use oxllama_memory::{CacheFormat, Inventory, Ledger};
+use oxllama_model::{Decoder, LoadOptions, ModelRequest, ModelSpec, Runner, plan_model};
+use oxllama_text::Tokenizer;
+use serde_json::json;
+
+use crate::checks::Checks;
+
+/// Jobs of the long run.
+const JOBS: u64 = 20_000;
+
+/// Jobs in flight at a time.
+const IN_FLIGHT: usize = 32;
+
+pub(crate) fn run(checks: &mut Checks<'_>, folder: &Path) -> Result<()> {
+    let path = folder.join("llama2");
+    let (device, books) = (checks.device, checks.books()?);
+    checks.check("generator: 32 jobs alone, together and cached", || {
+        let engine = engine(&path, device, &books, None)?;
+        same_alone_and_together(&engine)
+    });
+    checks.check("generator: 20,000 random jobs leave nothing behind", || {
+        // The driver keeps what it takes for kernels that run for the first time, and for as
+        // many recorded steps as there have been at once: the second time it takes no more.
+        let mut free_bytes = Vec::new();
+        let mut summary = String::new();
+        for _ in 0..2 {
+            let engine = engine(&path, device, &books, Some(24 * 256))?;
+            summary = churn(&engine)?;
+            drop(engine);
+            free_bytes.push(device.free_memory()?.get());
+        }
+        let taken = free_bytes[0].abs_diff(free_bytes[1]);
+        ensure!(
+            taken == 0,
+            "{free_bytes:?} bytes were free after the first and the second time"
+        );
+        Ok(summary)
+    });
+    Ok(())
+}
+
+/// An engine for 32 sequences of up to 512 tokens.
+fn engine<D: Device + Clone>(
+    path: &Path,
+    device: &D,
+    (inventory, ledger): &(Inventory, Ledger),
+    cache_tokens: Option<u64>,
+) -> Result<Engine> {
+    let source = ModelSource::open(path)?;
+    let mut config = source.config().clone();
+    config["max_position_embeddings"] = json!(4096);
+    let spec = ModelSpec::from_config(&config)?;
+    let request = ModelRequest {
+        context_tokens: Some(512),
+        cache_tokens,
+        batch: IN_FLIGHT as u64,
+        chunk_tokens: 128,
+        logit_rows: IN_FLIGHT as u64,
+        cache: CacheFormat::F16,
+        ..ModelRequest::default()
+    };
+    let plan = plan_model(&source, &spec, device, inventory, &request)?;
+    let options = LoadOptions::new(ledger);
+    let devices = vec![device.clone()];
+    let runner: Box<dyn Runner> = Box::new(Decoder::load(&source, spec, devices, &plan, &options)?);
+    let parts = EngineParts {
+        tokenizer: tokenizer(runner.spec().vocab_size)?,
+        runner,
+        draft: None,
+    };
+    Ok(Engine::start(parts, EngineSettings::default())?)
+}
+
+/// Token `i` is the printable character `'!' + i`; past those, words that never matter.
+fn tokenizer(vocab_size: usize) -> Result<Tokenizer> {
+    let token = |id: usize| match id {
+        0..94 => char::from(b'!' + id as u8).to_string(),
+        _ => format!("~{id}"),
+    };
+    let vocab: serde_json::Map<_, _> = (0..vocab_size).map(|id| (token(id), json!(id))).collect();
+    let byte_level = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false
+    });
+    let file = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
+            "vocab": vocab, "merges": []
+        }
+    });
+    Ok(Tokenizer::new(
+        &serde_json::to_vec(&file)?,
+        None,
+        &json!({}),
+        None,
+    )?)
+}
+
+/// Numbers without a pattern (the finaliser of MurmurHash3 over a counter).
+fn random(counter: u64) -> u64 {
+    let mut x = counter.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    x = (x ^ (x >> 33)).wrapping_mul(0xFF51_AFD7_ED55_8CCD);
+    x = (x ^ (x >> 33)).wrapping_mul(0xC4CE_B9FE_1A85_EC53);
+    x ^ (x >> 33)
+}
+
+/// A job that draws from nearly everything, so that any change of a logit shows. Prompts of
+/// one family share their beginning.
+fn job(index: u64, prompt_tokens: usize, new_tokens: usize) -> Job {
+    let family = index % 4;
+    let own_from = prompt_tokens / 2;
+    let token = |place: usize| {
+        let seed = if place < own_from {
+            family
+        } else {
+            100 + index
+        };
+        (random(seed * 4096 + place as u64) % 90) as u32
+    };
+    Job {
+        sampling: SamplingSettings {
+            temperature: 1.2,
+            top_k: 0,
+            top_p: 1.0,
+            ..SamplingSettings::default()
+        },
+        seed: index,
+        ..Job::new((0..prompt_tokens).map(token).collect(), new_tokens)
+    }
+}
+
+/// Whole steps of few rows each, so that every row is one of a decode step: the same bits are
+/// promised for those.
+fn same_alone_and_together(engine: &Engine) -> Result<String> {
+    let jobs: Vec<Job> = (0..IN_FLIGHT as u64)
+        .map(|index| job(index, 2, 40))
+        .collect();
+    let mut alone = Vec::new();
+    for job in &jobs {
+        alone.push(engine.submit(job.clone())?.wait());
+    }
+    for round in ["among 31 others", "with everything cached"] {
+        let streams: Result<Vec<JobStream>, _> =
+            jobs.iter().map(|job| engine.submit(job.clone())).collect();
+        let together: Vec<Completion> = streams?.into_iter().map(JobStream::wait).collect();
+        for (index, (found, expected)) in together.iter().zip(&alone).enumerate() {
+            ensure!(
+                found.token_ids == expected.token_ids,
+                "job {index} {round}: {:?}, alone {:?}",
+                found.token_ids,
+                expected.token_ids
+            );
+        }
+    }
+    Ok(format!("{} tokens each", alone[0].token_ids.len()))
+}
+
+/// Runs [`JOBS`] random jobs, drops every seventh before its end, and looks at what is left.
+fn churn(engine: &Engine) -> Result<String> {
+    let mut in_flight: Vec<(u64, JobStream)> = Vec::new();
+    let (mut tokens, mut dropped) = (0, 0);
+    for index in 0..JOBS {
+        let length = 1 + random(index) as usize % 160;
+        let new_tokens = 1 + random(JOBS + index) as usize % 12;
+        let stream = engine.submit(job(index, length, new_tokens))?;
+        in_flight.push((index, stream));
+        if in_flight.len() < 2 * IN_FLIGHT {
+            continue;
+        }
+        let (index, stream) = in_flight.remove(0);
+        if index % 7 == 0 {
+            dropped += 1;
+            continue;
+        }
+        tokens += finished(index, stream)?;
+    }
+    for (index, stream) in in_flight {
+        tokens += finished(index, stream)?;
+    }
+    engine.drain();
+    let stats = engine.stats()?;
+    ensure!(
+        stats.held_pages == 0,
+        "{} pages are still held",
+        stats.held_pages
+    );
+    Ok(format!(
+        "{tokens} tokens in {} steps, {dropped} dropped, {} preemptions",
+        stats.steps, stats.preemptions
+    ))
+}
+
+fn finished(index: u64, stream: JobStream) -> Result<usize> {
+    let completion = stream.wait();
+    ensure!(
+        completion.finish_reason == FinishReason::Length,
+        "job {index} ended with {:?}: {:?}",
+        completion.finish_reason,
+        completion.error
+    );
+    Ok(completion.token_ids.len())
+}
