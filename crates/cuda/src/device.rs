@@ -39,7 +39,7 @@ impl Kernels {
             fill_random: modules.kernel("ceilings", "oxl_fill_random", 0)?,
             prepare: PrepareKernels::find(modules, gpu)?,
             elementwise: ElementwiseKernels::find(modules)?,
-            linear: LinearKernels::find(modules)?,
+            linear: LinearKernels::find(modules, gpu)?,
             sample: SampleKernels::find(modules)?,
         })
     }

@@ -5,9 +5,12 @@ use oxllama_backend::{DeviceError, Store};
 
 use super::blaslt::Product;
 use super::layout::{TILE_OUTPUTS, TileMatrix};
-use super::plan::{MOST_WARPS, NARROW_ROWS, RING_BYTES};
+use super::plan::{
+    MOST_WARPS, NARROW_ROWS, STREAMED_ROWS, WIDE_SHARED_BYTES, WIDE_TILES, most_shared_bytes,
+};
 use super::scratch::{FEW_ROWS, LinearScratch};
 use super::{CudaLinear, MOST_MATRICES};
+use crate::context::GpuInfo;
 use crate::device::CudaDevice;
 use crate::error::CudaUnavailable;
 use crate::launch::Launch;
@@ -26,7 +29,7 @@ const BIAS_THREADS: usize = 256;
 /// Most blocks of a grid's second extent.
 const MOST_GRID_ROWS: usize = 65_535;
 
-/// `LinearMatrix` of `linear.cu`.
+/// `LinearMatrix` of `linear.cuh`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
 struct LinearMatrix {
@@ -35,16 +38,12 @@ struct LinearMatrix {
     bias: CUdeviceptr,
     out: CUdeviceptr,
     out_features: i32,
-    first_cta: i32,
-    split_shift: i32,
-    ranges_shift: i32,
-    sum_parts: i32,
+    first_item: i32,
     first_counter: i32,
     first_partial: i32,
-    reserved: i32,
 }
 
-/// `LinearArgs` of `linear.cu`.
+/// `LinearArgs` of `linear.cuh`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 struct LinearArgs {
@@ -55,6 +54,10 @@ struct LinearArgs {
     rows: i32,
     accumulate: i32,
     store_scale: f32,
+    ranges_shift: i32,
+    items: i32,
+    x_blocks: i32,
+    split_shift: i32,
 }
 
 /// `DequantiseArgs` of `dequantise.cu`.
@@ -79,7 +82,7 @@ struct AddBiasArgs {
     reserved: i32,
 }
 
-/// The entries of `linear.cu`, `dequantise.cu` and `repack.cu`.
+/// The entries of `linear.cu`, `linear_wide.cu`, `dequantise.cu` and `repack.cu`.
 #[derive(Debug)]
 pub(crate) struct LinearKernels {
     /// Up to 8, 16 and 32 rows.
@@ -94,15 +97,14 @@ pub(crate) struct LinearKernels {
 }
 
 impl LinearKernels {
-    pub(crate) fn find(modules: &Modules) -> Result<Self, CudaUnavailable> {
-        let rings = MOST_WARPS * RING_BYTES;
-        let linear = |name| modules.kernel("linear", name, rings);
+    pub(crate) fn find(modules: &Modules, gpu: &GpuInfo) -> Result<Self, CudaUnavailable> {
+        let linear = |name| modules.kernel("linear", name, most_shared_bytes(gpu));
         let repack = |name| modules.kernel("repack", name, 0);
         Ok(Self {
             by_rows: [
                 linear("oxl_linear_8")?,
                 linear("oxl_linear_16")?,
-                linear("oxl_linear_32")?,
+                modules.kernel("linear_wide", "oxl_linear_32", WIDE_SHARED_BYTES)?,
             ],
             dequantise: modules.kernel("dequantise", "oxl_dequantise", 0)?,
             add_bias: modules.kernel("dequantise", "oxl_add_bias", 0)?,
@@ -133,19 +135,18 @@ fn store_numbers(store: Store) -> (i32, f32) {
     }
 }
 
-/// The matrices of a launch of `rows` rows from `first_row` on, its blocks of threads and their
-/// warps.
+/// The matrices of a launch from `first_row` on, and its items: column tiles, or CTAs that have
+/// [`WIDE_TILES`] of them and share K with `split`.
 fn divide(
     operands: &[Operand<'_>],
     first_row: usize,
-    rows: usize,
-) -> ([LinearMatrix; MOST_MATRICES], usize, usize) {
+    split: Option<usize>,
+) -> ([LinearMatrix; MOST_MATRICES], usize) {
     let mut matrices = [LinearMatrix::default(); MOST_MATRICES];
-    let (mut ctas, mut warps, mut counters, mut partials) = (0, 0, 0, 0);
+    let (mut items, mut counters, mut partials) = (0, 0, 0);
     for (target, operand) in matrices.iter_mut().zip(operands) {
         let weights = operand.weights;
         let layout = &weights.layout;
-        let division = weights.plan.division(rows);
         let x_bytes = first_row * layout.padded_inputs() * 2;
         let out_bytes = first_row * weights.out_features * 4;
         *target = LinearMatrix {
@@ -154,23 +155,20 @@ fn divide(
             bias: weights.bias.unwrap_or(0),
             out: operand.out + out_bytes as u64,
             out_features: weights.out_features as i32,
-            first_cta: ctas as i32,
-            split_shift: division.split.ilog2() as i32,
-            ranges_shift: division.ranges.ilog2() as i32,
-            sum_parts: division.sum_parts as i32,
-            first_counter: counters,
-            first_partial: partials,
-            reserved: 0,
+            first_item: items as i32,
+            first_counter: counters as i32,
+            first_partial: partials as i32,
         };
-        let groups = layout.tiles.div_ceil(division.tiles);
-        ctas += groups * division.split;
-        warps = warps.max(division.tiles.min(layout.tiles) * division.ranges);
-        if division.split > 1 {
-            counters += groups as i32;
-            partials += (layout.tiles * division.split) as i32;
+        if let Some(split) = split {
+            let groups = layout.tiles.div_ceil(WIDE_TILES);
+            items += groups * split;
+            counters += groups;
+            partials += layout.tiles * split;
+        } else {
+            items += layout.tiles;
         }
     }
-    (matrices, ctas, warps)
+    (matrices, items)
 }
 
 impl CudaDevice {
@@ -214,9 +212,23 @@ impl CudaDevice {
     ) -> Result<(), DeviceError> {
         let (accumulate, store_scale) = store_numbers(store);
         let kernels = &self.kernels().linear;
+        let multiprocessors = self.info().multiprocessors;
+        // All matrices have as many inputs.
+        let plan = operands[0].weights.plan;
+        let tiles = operands
+            .iter()
+            .map(|operand| operand.weights.layout.tiles)
+            .sum();
         for first_row in (0..rows).step_by(ROWS_OF_LAUNCH) {
             let count = (rows - first_row).min(ROWS_OF_LAUNCH);
-            let (matrices, ctas, warps) = divide(operands, first_row, count);
+            let is_wide = count > STREAMED_ROWS;
+            let split = plan.split(tiles, multiprocessors);
+            let (matrices, items) = divide(operands, first_row, is_wide.then_some(split));
+            let (x_blocks, shared_bytes) = if is_wide {
+                (0, WIDE_SHARED_BYTES)
+            } else {
+                plan.streamed(count, most_shared_bytes(self.info()))
+            };
             let args = LinearArgs {
                 matrices,
                 partials: scratch.partials(),
@@ -225,18 +237,22 @@ impl CudaDevice {
                 rows: count as i32,
                 accumulate,
                 store_scale,
+                ranges_shift: plan.ranges.ilog2() as i32,
+                items: items as i32,
+                x_blocks: x_blocks as i32,
+                split_shift: split.ilog2() as i32,
             };
-            let kernel = match count {
-                0..=NARROW_ROWS => kernels.by_rows[0],
-                9..=16 => kernels.by_rows[1],
-                _ => kernels.by_rows[2],
+            let (kernel, ctas, warps) = match count {
+                _ if is_wide => (kernels.by_rows[2], items, MOST_WARPS),
+                0..=NARROW_ROWS => (kernels.by_rows[0], items.min(multiprocessors), plan.ranges),
+                _ => (kernels.by_rows[1], items.min(multiprocessors), plan.ranges),
             };
             let launch = Launch {
-                shared_bytes: warps * RING_BYTES,
+                shared_bytes,
                 ..Launch::linear(ctas, warps * 32)
             };
-            // SAFETY: the structure is the kernel's; `most_partials` bounds what the plans of
-            // five matrices use of the scratch; the rest is the caller's promise.
+            // SAFETY: the structure is the kernel's; `most_partials` bounds what the
+            // launch uses of the scratch; the rest is the caller's promise.
             unsafe { self.launch(kernel, launch, &args)? };
         }
         Ok(())

@@ -15,7 +15,7 @@ use super::CudaLinear;
 use super::layout::{
     BLOCK_INPUTS, Layout, MOST_BLOCKS, TILE_OUTPUTS, UNIT_BYTES, block_table, groups, section_ends,
 };
-use super::plan::Plan;
+use super::plan::{Plan, most_shared_bytes};
 use crate::buffer::CudaBuffer;
 use crate::context::Context;
 use crate::device::CudaDevice;
@@ -549,7 +549,7 @@ impl CudaDevice {
         };
         self.loaders().give_back(loader);
         let sections = section_ends(&groups(source));
-        let plan = Plan::new(&layout, self.info().multiprocessors);
+        let plan = Plan::new(&layout, most_shared_bytes(self.info()));
         let at = |offset| Some(buffer.at(offset));
         Ok(CudaLinear {
             in_features: header.in_features,

@@ -1,166 +1,174 @@
 //! How one product is divided among the multiprocessors.
 
 use super::layout::Layout;
+use crate::context::GpuInfo;
 
-/// Bytes of shared memory of a warp; `RING_BYTES` in `linear.cu`.
+/// Bytes of shared memory of a warp's ring; `RING_BYTES` in `linear.cuh`.
 pub(crate) const RING_BYTES: usize = 4096;
 
-/// Warps of a block of threads (CTA), at most.
+/// Warps of a block of threads (CTA), at most; `MOST_WARPS` in `linear.cuh`.
 pub(crate) const MOST_WARPS: usize = 16;
 
-/// Column tiles of a CTA for more than [`NARROW_ROWS`] rows; `WIDE_TILES` in `linear.cu`.
+/// Column tiles of a CTA for more than [`STREAMED_ROWS`] rows; `WIDE_TILES` in `linear_wide.cu`.
 pub(crate) const WIDE_TILES: usize = 4;
 
-/// Rows up to which a CTA has one column tile.
+/// Rows up to which CTAs stream tile after tile.
+pub(crate) const STREAMED_ROWS: usize = 16;
+
+/// Rows up to which the sums of one tile are joined while the next is multiplied.
 pub(crate) const NARROW_ROWS: usize = 8;
 
-/// Ranges of K that are summed before others join; `RANGES_OF_SUM` in `linear.cu`.
+/// Ranges of K that are summed before others join; `RANGES_OF_SUM` in `linear.cuh`.
 const RANGES_OF_SUM: usize = 4;
 
 /// Blocks of K that a range should have at least: fewer are not worth their share of the sums.
 const LEAST_BLOCKS: usize = 2;
 
-/// The division of one matrix. It depends on the matrix and the device alone, so that the order
-/// of sums does not depend on what else a launch has to do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Plan {
-    /// Parts of K whose sums are joined at last: a power of two.
-    pub(crate) split_k: usize,
-    /// Ranges of such a part, one a warp: a power of two.
-    pub(crate) ranges: usize,
+/// Shared memory of a CTA that is not dynamic, at most.
+const STATIC_SHARED_BYTES: usize = 10 * 1024;
+
+/// Dynamic shared memory that a CTA of `oxl_linear_32` needs.
+pub(crate) const WIDE_SHARED_BYTES: usize = (MOST_WARPS + WIDE_TILES) * RING_BYTES;
+
+/// Bytes of one row's activations of a block.
+const ROW_BLOCK_BYTES: usize = 64;
+
+/// Bytes of a warp's sums of one row.
+const ROW_SUM_BYTES: usize = 128;
+
+/// Dynamic shared memory that a CTA may have.
+pub(crate) fn most_shared_bytes(gpu: &GpuInfo) -> usize {
+    gpu.shared_per_block.get() as usize - STATIC_SHARED_BYTES
 }
 
-/// The division as a launch of some number of rows sees it.
+/// The division of one matrix. It depends on its inputs and the device alone, so that the order
+/// of sums does not depend on what else a launch has to do, and matrices that share their inputs
+/// are divided alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Division {
-    /// Column tiles of a CTA.
-    pub(crate) tiles: usize,
-    /// CTAs that share a tile's K.
-    pub(crate) split: usize,
-    /// Ranges of K in a CTA.
+pub(crate) struct Plan {
+    /// Ranges of K, one a warp: a power of two.
     pub(crate) ranges: usize,
-    /// CTAs of the split whose sums are joined before others.
-    pub(crate) sum_parts: usize,
+    /// Blocks of the longest range.
+    range_blocks: usize,
 }
 
 impl Plan {
-    pub(crate) fn new(layout: &Layout, multiprocessors: usize) -> Self {
-        Self::of(layout.tiles, layout.blocks, multiprocessors)
+    pub(crate) fn new(layout: &Layout, most_shared_bytes: usize) -> Self {
+        Self::of(layout.blocks, most_shared_bytes)
     }
 
-    fn of(tiles: usize, blocks: usize, multiprocessors: usize) -> Self {
-        // A multiprocessor holds about sixteen warps, of one CTA or several: the more tiles there
-        // are, the smaller their CTAs, so that all run at once or few wait.
-        let wanted = if 4 * tiles <= 5 * multiprocessors {
-            MOST_WARPS
-        } else if 2 * tiles <= 5 * multiprocessors {
-            MOST_WARPS / 2
-        } else {
-            MOST_WARPS / 4
+    fn of(blocks: usize, most_shared_bytes: usize) -> Self {
+        // Rings and activations of sixteen warps want more than smaller devices have.
+        let mut ranges = match most_shared_bytes {
+            0..131_072 => MOST_WARPS / 2,
+            _ => MOST_WARPS,
         };
-        let mut ranges = wanted;
         while ranges > 1 && blocks < ranges * LEAST_BLOCKS {
             ranges /= 2;
         }
-        let most = blocks / (ranges * LEAST_BLOCKS);
-        let split = (multiprocessors / tiles.max(1)).min(most).max(1);
         Self {
-            split_k: 1 << split.ilog2(),
             ranges,
+            range_blocks: blocks.div_ceil(ranges),
         }
     }
 
-    /// For launches of up to `rows` rows. The ranges are the same for every number of rows, and
-    /// so is the order in which their sums are joined.
-    pub(crate) fn division(&self, rows: usize) -> Division {
-        if rows <= NARROW_ROWS {
-            return Division {
-                tiles: 1,
-                split: self.split_k,
-                ranges: self.ranges,
-                sum_parts: 1,
-            };
-        }
-        let ranges = self.ranges.min(RANGES_OF_SUM);
-        let sum_parts = self.ranges / ranges;
-        Division {
-            tiles: WIDE_TILES,
-            split: self.split_k * sum_parts,
-            ranges,
-            sum_parts,
+    /// Blocks of activations that a warp keeps in a launch of `rows` rows, up to
+    /// [`STREAMED_ROWS`], and the launch's dynamic shared memory.
+    pub(crate) fn streamed(&self, rows: usize, most_shared_bytes: usize) -> (usize, usize) {
+        let buffers = if rows <= NARROW_ROWS { 2 } else { 1 };
+        let fixed = RING_BYTES + buffers * rows * ROW_SUM_BYTES;
+        let room = (most_shared_bytes / self.ranges).saturating_sub(fixed);
+        let block_bytes = rows * ROW_BLOCK_BYTES;
+        let x_blocks = (room / block_bytes).clamp(1, self.range_blocks);
+        (x_blocks, self.ranges * (fixed + x_blocks * block_bytes))
+    }
+
+    /// Parts of K of four ranges or fewer, whose sums are joined at last.
+    pub(crate) fn parts(&self) -> usize {
+        self.ranges.div_ceil(RANGES_OF_SUM)
+    }
+
+    /// CTAs that share the K of `tiles` column tiles of a launch of more than [`STREAMED_ROWS`]
+    /// rows: one for each part where tiles alone do not make work for all multiprocessors.
+    pub(crate) fn split(&self, tiles: usize, multiprocessors: usize) -> usize {
+        if tiles <= WIDE_TILES * multiprocessors {
+            self.parts()
+        } else {
+            1
         }
     }
 }
 
-/// Tiles' sums that a launch of `matrices` matrices with up to `rows` rows may leave for others to
-/// join, at most; there are no more counters.
-pub(crate) fn most_partials(matrices: usize, rows: usize, multiprocessors: usize) -> usize {
-    // Where K is split there are at most as many tiles' parts as multiprocessors, each of up to
-    // four CTAs; where it is not, up to 5/4 of them have four CTAs and up to 5/2 have two.
-    let of_one = if rows <= NARROW_ROWS {
-        multiprocessors
-    } else {
-        5 * multiprocessors
-    };
-    matrices * of_one
+/// Tiles' sums that a launch of up to `rows` rows may leave for others to join, at most; there are
+/// no more counters.
+pub(crate) fn most_partials(rows: usize, multiprocessors: usize) -> usize {
+    if rows <= STREAMED_ROWS {
+        return 0;
+    }
+    WIDE_TILES * multiprocessors * MOST_WARPS.div_ceil(RANGES_OF_SUM)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const MULTIPROCESSORS: [usize; 5] = [1, 28, 84, 108, 132];
-    const TILES: [usize; 14] = [1, 2, 7, 8, 31, 64, 66, 67, 128, 165, 166, 330, 331, 4008];
+    /// Dynamic shared memory of CTAs of compute capabilities 8.6, 8.0 and 9.0.
+    const SHARED_BYTES: [usize; 3] = [89 * 1024, 153 * 1024, 217 * 1024];
 
     #[test]
     fn every_block_belongs_to_one_warp() {
-        for multiprocessors in MULTIPROCESSORS {
-            for tiles in TILES {
-                for blocks in [1, 2, 3, 5, 18, 31, 64, 128, 344, 896, 65_535] {
-                    let plan = Plan::of(tiles, blocks, multiprocessors);
-                    assert!(plan.ranges.is_power_of_two() && plan.ranges <= MOST_WARPS);
-                    assert!(plan.split_k.is_power_of_two());
-                    let ranges = plan.split_k * plan.ranges;
-                    // As the kernel divides them.
-                    let mut next = 0;
-                    for range in 0..ranges {
-                        assert_eq!(blocks * range / ranges, next);
-                        next = blocks * (range + 1) / ranges;
-                    }
-                    assert_eq!(next, blocks);
-                    assert!(blocks * ranges < i32::MAX as usize);
-                    for rows in [1, 8, 9, 32] {
-                        check_division(plan, tiles, rows, multiprocessors);
-                    }
+        for shared_bytes in SHARED_BYTES {
+            for blocks in [1, 2, 3, 5, 18, 31, 64, 128, 344, 896, 65_535] {
+                let plan = Plan::of(blocks, shared_bytes);
+                assert!(plan.ranges.is_power_of_two() && plan.ranges <= MOST_WARPS);
+                assert!(plan.parts().is_power_of_two());
+                // As the kernels divide them.
+                let mut next = 0;
+                for range in 0..plan.ranges {
+                    assert_eq!(blocks * range / plan.ranges, next);
+                    let end = blocks * (range + 1) / plan.ranges;
+                    assert!(end > next && end - next <= plan.range_blocks);
+                    next = end;
                 }
+                assert_eq!(next, blocks);
+                assert!(blocks * plan.ranges < i32::MAX as usize);
             }
         }
     }
 
-    fn check_division(plan: Plan, tiles: usize, rows: usize, multiprocessors: usize) {
-        let division = plan.division(rows);
-        assert_eq!(division.split * division.ranges, plan.split_k * plan.ranges);
-        assert_eq!(division.split, plan.split_k * division.sum_parts);
-        assert!(division.tiles * division.ranges <= MOST_WARPS);
-        if division.split > 1 {
-            let partials = tiles * division.split;
-            assert!(partials <= most_partials(1, rows, multiprocessors));
+    #[test]
+    fn launches_fit_into_shared_memory() {
+        for shared_bytes in SHARED_BYTES {
+            assert!(WIDE_SHARED_BYTES <= shared_bytes);
+            for blocks in [1, 18, 64, 128, 344, 896, 65_535] {
+                let plan = Plan::of(blocks, shared_bytes);
+                for rows in 1..=STREAMED_ROWS {
+                    let (x_blocks, bytes) = plan.streamed(rows, shared_bytes);
+                    assert!(bytes <= shared_bytes);
+                    assert!((1..=plan.range_blocks).contains(&x_blocks));
+                }
+            }
         }
-        // What one CTA joins at first is what the other kind joins at first.
-        assert!(division.sum_parts == 1 || division.ranges == RANGES_OF_SUM);
+        let plan = Plan::of(128, SHARED_BYTES[2]);
+        for rows in [1, 8] {
+            assert_eq!(
+                plan.streamed(rows, SHARED_BYTES[2]).0,
+                8,
+                "all of 4096 inputs"
+            );
+        }
     }
 
     #[test]
-    fn known_shapes_are_divided_as_meant() {
-        let plan = |tiles, blocks| Plan::of(tiles, blocks, 132);
-        let parts = |split_k, ranges| Plan { split_k, ranges };
-        assert_eq!(plan(128, 344), parts(1, 16), "7B down");
-        assert_eq!(plan(344, 128), parts(1, 4), "7B gate");
-        assert_eq!(plan(176, 64), parts(1, 8), "1.1B gate");
-        assert_eq!(plan(64, 64), parts(2, 16), "1.1B q");
-        assert_eq!(plan(8, 64), parts(2, 16), "1.1B k");
-        assert_eq!(plan(1, 1), parts(1, 1));
-        let wide = plan(128, 344).division(32);
-        assert_eq!((wide.split, wide.ranges, wide.sum_parts), (4, 4, 4));
+    fn partial_sums_have_room() {
+        let plan = Plan::of(128, SHARED_BYTES[2]);
+        for multiprocessors in [1, 28, 132] {
+            for tiles in [1, 4, 5, 128, 528, 529, 4008] {
+                let split = plan.split(tiles, multiprocessors);
+                if split > 1 {
+                    assert!(tiles * split <= most_partials(32, multiprocessors));
+                }
+            }
+        }
     }
 }

@@ -3,7 +3,6 @@
 use cudarc::driver::sys::CUdeviceptr;
 use oxllama_backend::WorkspaceShape;
 
-use super::MOST_MATRICES;
 use super::layout::{BLOCK_INPUTS, TILE_OUTPUTS};
 use super::plan::{RING_BYTES, most_partials};
 use crate::prepare::MOST_PREPARED;
@@ -42,7 +41,7 @@ impl Parts {
         // Several orders of inputs at a time up to FEW_ROWS, one above.
         let rows = shape.rows.max(MOST_PREPARED * shape.rows.min(FEW_ROWS));
         let activation_bytes = aligned(rows * inputs * HALF) + MOST_PREPARED * aligned(1);
-        let partials = most_partials(MOST_MATRICES, shape.rows, multiprocessors);
+        let partials = most_partials(shape.rows, multiprocessors);
         let uses_library = has_library && shape.rows > FEW_ROWS;
         let tile_bytes = TILE_OUTPUTS * inputs * HALF;
         let unpacked_bytes = match uses_library {
