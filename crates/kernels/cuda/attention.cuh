@@ -147,13 +147,17 @@ __device__ __forceinline__ void load_values(uint32_t (&b)[4], const __half* tile
 
 // --- The arithmetic of a row. ---
 
-// Score in units of log2 e, as AttendArgs says.
-__device__ __forceinline__ float score_of(float product, float score_factor, float cap_factor) {
-    const float x = __fmul_rn(product, score_factor);
-    if (cap_factor == 0.0f) return x;
+// cap_factor * tanh(x), of 2 x log2 e.
+__device__ __forceinline__ float capped_score(float x, float cap_factor) {
     // tanh(x) = 1 - 2 / (e^(2 x) + 1)
     const float small = __fdividef(2.0f, power_of_two(x) + 1.0f);
     return __fmul_rn(cap_factor, __fsub_rn(1.0f, small));
+}
+
+// Score in units of log2 e, as AttendArgs says.
+__device__ __forceinline__ float score_of(float product, float score_factor, float cap_factor) {
+    const float x = __fmul_rn(product, score_factor);
+    return cap_factor == 0.0f ? x : capped_score(x, cap_factor);
 }
 
 // What a row's scores are taken relative to: its largest, or 0 where it sees nothing.

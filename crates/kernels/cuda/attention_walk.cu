@@ -1,15 +1,65 @@
 // Attention of many rows of a sequence over the paged cache (attention.cuh defines a row's result).
 //
-// Floor: 4 * head_dim operations for each row, query head and visible token, on tensor cores. A
-// block takes 64 query heads of rows, a warp 16 of them, and walks through the tokens.
+// Floor: 4 * head_dim operations for each row, query head and visible token, on tensor cores. At
+// 2,048 rows of 32 heads of 128 that is 34 billion: 55 us at the 620 TFLOP/s that mma.m16n8k16
+// gives on an H100; scores, weights and folds take about 0.6 issue slots for each cycle of that,
+// most of which another warp's products hide.
+//
+// A block takes 128 query heads of rows, a warp 32 of them (half of both for heads longer than
+// 128), so that what is read from shared memory of keys and values serves 32 rows: with 16,
+// shared memory would be slower than the tensor cores. A block walks through the tokens it sees, 64
+// at a time, with one barrier for each tile; a warp passes over tiles that none of its rows sees.
+// Tiles in shared memory have no padding: the 16-byte units of a row are permuted by its number
+// (`unit_offset`), so that ldmatrix and the copies meet no bank twice.
 #include "attention.cuh"
 
 namespace {
 
 using namespace oxl;
 
-// Query heads of rows that a block takes where it walks through many rows' tokens.
-constexpr int HEADS_OF_BLOCK = ATTEND_WARPS * HEADS_OF_WARP;
+// Extents of a block. Its shared memory: `WalkShared`, queries, tiles decoded where the format is
+// quantised, then one or two stages of keys and values, as pages hold them where it is.
+template <int D>
+struct Walk {
+    // Sets of 16 query heads that a warp takes.
+    static constexpr int SETS = D <= 128 ? 2 : 1;
+    static constexpr int WARP_HEADS = SETS * HEADS_OF_WARP;
+    static constexpr int HEADS = ATTEND_WARPS * WARP_HEADS;
+    // Of a row of fp16, in queries as in tiles.
+    static constexpr int ROW_BYTES = D * 2;
+    static constexpr int TILE_BYTES = TILE * ROW_BYTES;
+    static constexpr int QUERY_BYTES = HEADS * ROW_BYTES;
+    // Long heads' keys and values are decoded to the same place, one after the other.
+    static constexpr int DECODED_TILES = D <= 128 ? 2 : 1;
+    // Units of 16 bytes in a row.
+    static constexpr int UNITS = D / 8;
+};
+
+// What all warps of a block need of it, in shared memory: registers are for results.
+struct Block {
+    Queries queries;
+    Span span;
+};
+
+// Bytes of a block's shared memory for `Block`.
+constexpr int BLOCK_BYTES = 128;
+static_assert(sizeof(Block) <= BLOCK_BYTES, "a block's own memory");
+
+// What a block's shared memory begins with.
+template <int D>
+struct WalkShared {
+    union {
+        Block block;
+        uint8_t bytes[BLOCK_BYTES];
+    };
+    // States of the block's heads over the pieces that have been folded.
+    RowState wholes[Walk<D>::HEADS];
+};
+// Where unit `unit` of row `row` lies.
+template <int D>
+__device__ __forceinline__ int unit_offset(int row, int unit) {
+    return row * Walk<D>::ROW_BYTES + (unit ^ row % 8) * 16;
+}
 
 // Rotates groups of 32 dimensions back, where lane (g, t) holds dimensions 8 n + 2 t and + 1 of
 // row g as x[n][0..2], of row g + 8 as x[n][2..4]: in the order of `rotate_group`.
@@ -51,214 +101,573 @@ __device__ __forceinline__ void rotate_fragment(float (&x)[4][4], int lane) {
     for (int i = 0; i < 16; ++i) x[i / 4][i % 4] = __fmul_rn(x[i / 4][i % 4], 0.17677669f);
 }
 
-// Shared bytes of the queries of a block that walks.
-template <int D>
-constexpr int QUERY_BYTES = HEADS_OF_BLOCK * (D + PADDING) * 2;
+// The thread's index, read anew: what is made of it is made again for every tile, instead of being
+// kept in registers that the results need.
+__device__ __forceinline__ int fresh_thread() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
 
-// One warp's 16 query heads in a block that walks.
+// Copies 4 bytes, or writes zeros where the source is not to be read.
+__device__ __forceinline__ void copy_word_async(uint32_t to, const void* from, bool is_read) {
+    const int bytes = is_read ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
+// The keys or the values of one kv head: where they are, and how they become tiles.
 template <int D>
-struct BlockWarp {
-    static constexpr int STRIDE = D + PADDING;
+struct WalkSource {
+    using W = Walk<D>;
+
+    const uint8_t* pages;
+    HeadLayout layout;
+    int kv_heads;
+    int kv_head;
+
+    // Bytes of a tile in a stage: rows of fp16, or the page's own bytes.
+    __device__ __forceinline__ int stage_bytes() const {
+        return layout.is_quantised() ? TILE * (layout.vector_bytes() + layout.scale_bytes())
+                                     : W::TILE_BYTES;
+    }
+
+    // Starts copying a tile of the sequence to shared memory.
+    __device__ __forceinline__ void copy(uint32_t to, uint32_t page, const Span& span,
+                                         int tile) const {
+        const uint8_t* block = head_page(pages, layout, kv_heads, page, kv_head);
+        const int token_in_page = tile * TILE % PAGE_TOKENS;
+        const int vector_bytes = layout.vector_bytes();
+        const uint8_t* from = block + token_in_page * vector_bytes;
+        const int first = span.first_token - tile * TILE;
+        const int end = min(TILE, span.end_token - tile * TILE);
+        if (layout.is_quantised()) {
+            const int scale_bytes = layout.scale_bytes();
+            const uint8_t* scales =
+                block + PAGE_TOKENS * vector_bytes + token_in_page * scale_bytes;
+            // A page's blocks and every TILE-th vector in them start at multiples of 16 bytes.
+            copy_bytes(to, from, end * vector_bytes);
+            copy_bytes(to + TILE * vector_bytes, scales, end * scale_bytes);
+        } else if (vector_bytes == W::ROW_BYTES && first <= 0 && end == TILE) {
+            copy_whole(to, from);
+        } else if (layout.head_dim % 8 == 0) {
+            copy_units(to, from, first, end);
+        } else {
+            copy_words(to, from, first, end);
+        }
+    }
+
+    __device__ __forceinline__ void copy_bytes(uint32_t to, const uint8_t* from, int bytes) const {
+#pragma unroll 1
+        for (int at = fresh_thread() * 16; at < bytes; at += ATTEND_THREADS * 16) {
+            copy_async(to + at, from + at, true);
+        }
+    }
+
+    // Rows of D elements, all of which are seen.
+    __device__ __forceinline__ void copy_whole(uint32_t to, const uint8_t* from) const {
+        constexpr int PASS_ROWS = ATTEND_THREADS / W::UNITS;
+        const int thread = fresh_thread();
+        const int row = thread / W::UNITS;
+        const int unit = thread % W::UNITS;
+        const uint8_t* mine = from + thread * 16;
+#pragma unroll
+        for (int pass = 0; pass < TILE / PASS_ROWS; ++pass) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                             to + unit_offset<D>(row + pass * PASS_ROWS, unit)),
+                         "l"(mine + pass * PASS_ROWS * W::ROW_BYTES)
+                         : "memory");
+        }
+    }
+
+    // Rows of which some are not seen, or of fewer than D elements: zeros there.
+    __device__ __forceinline__ void copy_units(uint32_t to, const uint8_t* from, int first,
+                                               int end) const {
+        const int vector_bytes = layout.vector_bytes();
+#pragma unroll 1
+        for (int index = fresh_thread(); index < TILE * W::UNITS; index += ATTEND_THREADS) {
+            const int row = index / W::UNITS;
+            const int unit = index % W::UNITS;
+            const bool is_read = row >= first && row < end && unit * 16 < vector_bytes;
+            copy_async(to + unit_offset<D>(row, unit),
+                       is_read ? from + row * vector_bytes + unit * 16 : from, is_read);
+        }
+    }
+
+    // The same for heads whose rows begin at multiples of 4 bytes only.
+    __device__ __forceinline__ void copy_words(uint32_t to, const uint8_t* from, int first,
+                                               int end) const {
+        const int vector_bytes = layout.vector_bytes();
+#pragma unroll 1
+        for (int index = fresh_thread(); index < TILE * D / 2; index += ATTEND_THREADS) {
+            const int row = index / (D / 2);
+            const int word = index % (D / 2);
+            const bool is_read = row >= first && row < end && word * 4 < vector_bytes;
+            copy_word_async(to + unit_offset<D>(row, word / 4) + word % 4 * 4,
+                            is_read ? from + row * vector_bytes + word * 4 : from, is_read);
+        }
+    }
+
+    // Makes rows of fp16 of a quantised tile; zeros where no row of the block sees the token.
+    __device__ __forceinline__ void decode(const uint8_t* stage, uint8_t* decoded,
+                                           const Span& span, int tile) const {
+        const int first = span.first_token - tile * TILE;
+        const int end = span.end_token - tile * TILE;
+        const int vector_bytes = layout.vector_bytes();
+        const int scale_bytes = layout.scale_bytes();
+        const uint8_t* scales = stage + TILE * vector_bytes;
+        const auto decode_units = [&](auto decode_unit) {
+#pragma unroll 4
+            for (int index = fresh_thread(); index < TILE * W::UNITS; index += ATTEND_THREADS) {
+                const int row = index / W::UNITS;
+                const int unit = index % W::UNITS;
+                uint4 elements = {0, 0, 0, 0};
+                if (row >= first && row < end && unit * 8 < layout.head_dim) {
+                    const __half* of_row =
+                        reinterpret_cast<const __half*>(scales + row * scale_bytes);
+                    elements = decode_unit(stage + row * vector_bytes, unit, of_row[unit / 4]);
+                }
+                *reinterpret_cast<uint4*>(decoded + unit_offset<D>(row, unit)) = elements;
+            }
+        };
+        if (layout.format == FORMAT_Q4) {
+            decode_units([](const uint8_t* vector, int unit, __half scale) {
+                return decode_q4(reinterpret_cast<const uint32_t*>(vector)[unit], scale);
+            });
+        } else {
+            decode_units([](const uint8_t* vector, int unit, __half scale) {
+                return decode_q8(reinterpret_cast<const uint2*>(vector)[unit], scale);
+            });
+        }
+    }
+};
+
+// One warp's query heads. A lane has four rows (two for long heads): g and g + 8 of every set.
+template <int D>
+struct WalkWarp {
+    using W = Walk<D>;
+    static constexpr int SETS = W::SETS;
 
     const AttendArgs& args;
     const Queries& queries;
-    const __half* q;
-    int lane;
-    int first_m;
-    int positions[2];
-    int firsts[2];
-    // f32 rows of the result, or null where there is none.
-    float* out[2];
-    float kept[D / 16][2][4];
+    // The warp's queries in shared memory.
+    uint32_t q;
+    // Query heads of rows that there are from the warp's first one on; may be below zero.
+    int heads;
+    // Positions of the warp's first and last row.
+    int first_position;
+    int last_position;
+    LaneStates states[SETS];
+    float kept[SETS][D / 16][2][4];
 
-    __device__ __forceinline__ BlockWarp(const AttendArgs& args, const Queries& queries,
-                                         const __half* q, int warp, int lane)
-        : args(args), queries(queries), lane(lane), kept() {
-        first_m = warp * HEADS_OF_WARP;
-        this->q = q + first_m * STRIDE;
+    __device__ __forceinline__ WalkWarp(const AttendArgs& args, const Queries& queries,
+                                        uint32_t q)
+        : args(args), queries(queries) {
+        const int first_m = threadIdx.x / WARP_LANES * W::WARP_HEADS;
+        this->q = q + first_m * W::ROW_BYTES;
+        first_position = queries.first_position + queries.row(args, first_m);
+        heads = queries.rows * args.heads_per_tile - first_m;
+        const int last_row = min(queries.row(args, first_m + W::WARP_HEADS - 1), queries.rows - 1);
+        last_position = queries.first_position + last_row;
+        clear();
+    }
+
+    __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int m = first_m + lane / 4 + 8 * i;
-            positions[i] = queries.first_position + queries.row(args, m);
-            firsts[i] = first_visible(args, positions[i]);
-            out[i] = queries.has(args, m) ? args.out + queries.query(args, m) * args.head_dim
-                                          : nullptr;
+        for (int set = 0; set < SETS; ++set) {
+            states[set] = {{nothing_seen(), nothing_seen()}};
+#pragma unroll
+            for (int i = 0; i < D / 2; ++i) kept[set][i / 8][i / 4 % 2][i % 4] = 0.0f;
         }
     }
 
-    // Scores of the warp's heads over a tile, and the largest of each.
-    __device__ __forceinline__ void score(float (&s)[TILE / 8][4], RowState (&part)[2],
-                                          const __half* keys, int tile, bool is_masked) const {
+    // Query head of the block: row g + 8 half of a set.
+    __device__ __forceinline__ int head(int set, int half) const {
+        const int thread = fresh_thread();
+        const int first = thread / WARP_LANES * W::WARP_HEADS + thread % WARP_LANES / 4;
+        return first + set * HEADS_OF_WARP + 8 * half;
+    }
+
+    // Whether a row of the warp sees a token of the tile.
+    __device__ __forceinline__ bool sees(int tile) const {
+        return heads > 0 && tile * TILE <= last_position &&
+               tile * TILE + TILE > first_visible(args, first_position);
+    }
+
+    // Whether a row of the warp does not see a token of the tile.
+    __device__ __forceinline__ bool is_masked(int tile) const {
+        return tile * TILE + TILE > first_position + 1 ||
+               tile * TILE < first_visible(args, last_position);
+    }
+
+    // Products of the warp's heads with the keys of a tile.
+    __device__ __forceinline__ void multiply_keys(float (&s)[SETS][TILE / 8][4],
+                                                  uint32_t keys) const {
+        const int lane = fresh_thread() % WARP_LANES;
+        // A row of queries or of keys, and the 16-byte unit that the lane reads of it: columns are
+        // added to it without carries.
+        const uint32_t queries = q + lane % 16 * W::ROW_BYTES;
+        const uint32_t query_unit = (lane / 16 ^ lane % 8) * 16;
+        keys += (lane / 16 * 8 + lane % 8) * W::ROW_BYTES;
+        const uint32_t key_unit = (lane / 8 % 2 ^ lane % 8) * 16;
 #pragma unroll
         for (int step = 0; step < D / 16; ++step) {
-            if (step * 16 >= args.head_dim) break;
-            uint32_t a[4];
-            load_a(a, q, STRIDE, step * 16, lane);
+            uint32_t a[SETS][4];
+#pragma unroll
+            for (int set = 0; set < SETS; ++set) {
+                const uint32_t rows = queries + set * HEADS_OF_WARP * W::ROW_BYTES;
+                load_blocks(a[set], rows + (query_unit ^ step * 32));
+            }
 #pragma unroll
             for (int pair = 0; pair < TILE / 16; ++pair) {
                 uint32_t b[4];
-                load_keys(b, keys, STRIDE, pair * 16, step * 16, lane);
-                multiply_add(s[2 * pair], a, b[0], b[1]);
-                multiply_add(s[2 * pair + 1], a, b[2], b[3]);
-            }
-        }
-        float largest[2] = {minus_infinity(), minus_infinity()};
+                load_blocks(b, keys + (key_unit ^ step * 32) + pair * 16 * W::ROW_BYTES);
 #pragma unroll
-        for (int n = 0; n < TILE / 8; ++n) {
-            const int token = tile * TILE + n * 8 + lane % 4 * 2;
-            products_to_scores(s[n], args, token, positions, firsts, is_masked);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s[n][i]);
-        }
-        part[0].largest = largest_of_row(largest[0]);
-        part[1].largest = largest_of_row(largest[1]);
-    }
-
-    // Weights as the a operand: what the lane has of the scores is what it needs of them.
-    __device__ __forceinline__ void weigh(const float (&s)[TILE / 8][4], RowState (&part)[2],
-                                          uint32_t (&weights)[4][4]) const {
-        const float bases[2] = {finite_base(part[0].largest), finite_base(part[1].largest)};
-#pragma unroll
-        for (int step = 0; step < TILE / 16; ++step) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float(&two)[4] = s[2 * step + i / 2];
-                const int row = i % 2;
-                weights[step][i] = weights_of(two[2 * row], two[2 * row + 1], bases[row]);
-            }
-        }
-        sum_weights(part, weights);
-    }
-
-    __device__ __forceinline__ void attend_values(const uint32_t (&weights)[4][4],
-                                                  const RowState (&part)[2], LaneStates& states,
-                                                  const __half* values) {
-        FoldFactors factors[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) factors[i] = fold_state(states.rows[i], part[i]);
-#pragma unroll
-        for (int pair = 0; pair < D / 16; ++pair) {
-            if (pair * 16 >= args.head_dim) break;
-            fold_values(kept[pair], weights, values, STRIDE, pair * 16, factors, lane);
-        }
-    }
-
-    // Calls `visit` with the place of every two neighbouring dimensions in the result.
-    template <typename Visit>
-    __device__ __forceinline__ void each_pair(Visit visit) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if (out[i] == nullptr) continue;
-#pragma unroll
-            for (int n = 0; n < D / 8; ++n) {
-                const int dimension = n * 8 + lane % 4 * 2;
-                if (dimension < args.head_dim) {
-                    float* two = &kept[n / 2][n % 2][2 * i];
-                    visit(i, two, reinterpret_cast<float2*>(out[i] + dimension));
+                for (int set = 0; set < SETS; ++set) {
+                    multiply_add(s[set][2 * pair], a[set], b[0], b[1]);
+                    multiply_add(s[set][2 * pair + 1], a[set], b[2], b[3]);
                 }
             }
         }
     }
 
-    // Folds the piece into the pieces before it, which lie where the result will.
-    __device__ __forceinline__ void fold_piece(LaneStates& whole, const LaneStates& states,
-                                               bool is_first) {
-        FoldFactors factors[2];
+    // Scores of products; minus infinity for tokens that a row does not see.
+    __device__ __forceinline__ void score(float (&s)[SETS][TILE / 8][4], int tile) const {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) factors[i] = fold_state(whole.rows[i], states.rows[i]);
-        each_pair([&](int i, float* two, float2* place) {
-            const float2 before = is_first ? make_float2(0.0f, 0.0f) : *place;
-            two[0] = fold(before.x, two[0], factors[i]);
-            two[1] = fold(before.y, two[1], factors[i]);
-            *place = make_float2(two[0], two[1]);
-        });
+        for (int i = 0; i < SETS * TILE / 2; ++i) {
+            float& x = s[i / 32][i / 4 % 8][i % 4];
+            x = __fmul_rn(x, args.score_factor);
+        }
+        if (args.cap_factor != 0.0f) {
+#pragma unroll
+            for (int i = 0; i < SETS * TILE / 2; ++i) {
+                float& x = s[i / 32][i / 4 % 8][i % 4];
+                x = capped_score(x, args.cap_factor);
+            }
+        }
+        if (is_masked(tile)) mask(s, tile);
+    }
+
+    __device__ __forceinline__ void mask(float (&s)[SETS][TILE / 8][4], int tile) const {
+        const int lane = fresh_thread() % WARP_LANES;
+#pragma unroll
+        for (int i = 0; i < 2 * SETS; ++i) {
+            const int position = queries.first_position + queries.row(args, head(i / 2, i % 2));
+            // Of the lane's tokens, which are 8 n + 0 and + 1 from here.
+            const int end = position + 1 - tile * TILE - lane % 4 * 2;
+            const int first = first_visible(args, position) - tile * TILE - lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < TILE / 4; ++j) {
+                const int token = j / 2 * 8 + j % 2;
+                float& x = s[i / 2][j / 2][i % 2 * 2 + j % 2];
+                if (token >= end || token < first) x = minus_infinity();
+            }
+        }
+    }
+
+    // Weights as the a operand: what the lane has of the scores is what it needs of them.
+    __device__ __forceinline__ void weigh(const float (&s)[TILE / 8][4], RowState (&part)[2],
+                                          uint32_t (&weights)[4][4]) const {
+        float bases[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float largest = fmaxf(s[0][2 * half], s[0][2 * half + 1]);
+#pragma unroll
+            for (int n = 1; n < TILE / 8; ++n) {
+                largest = fmaxf(largest, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+            }
+            part[half].largest = largest_of_row(largest);
+            bases[half] = finite_base(part[half].largest);
+        }
+#pragma unroll
+        for (int step = 0; step < TILE / 16; ++step) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float(&four)[4] = s[2 * step + i / 2];
+                const int half = i % 2;
+                weights[step][i] = weights_of(four[2 * half], four[2 * half + 1], bases[half]);
+            }
+        }
+        sum_weights(part, weights);
+    }
+
+    // The weights of a tile, and what its parts of the result are folded with.
+    __device__ __forceinline__ void attend_keys(uint32_t keys, int tile,
+                                                uint32_t (&weights)[SETS][4][4],
+                                                FoldFactors (&factors)[SETS][2]) {
+        float s[SETS][TILE / 8][4] = {};
+        multiply_keys(s, keys);
+        score(s, tile);
+#pragma unroll
+        for (int set = 0; set < SETS; ++set) {
+            RowState part[2] = {nothing_seen(), nothing_seen()};
+            if (set * HEADS_OF_WARP < heads) {
+                weigh(s[set], part, weights[set]);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 16; ++i) weights[set][i / 4][i % 4] = 0;
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                factors[set][half] = fold_state(states[set].rows[half], part[half]);
+            }
+        }
+    }
+
+    // Adds the tile's parts, sums over its tokens of weight * value, to what is kept.
+    __device__ __forceinline__ void attend_values(uint32_t values,
+                                                  const uint32_t (&weights)[SETS][4][4],
+                                                  const FoldFactors (&factors)[SETS][2]) {
+        const int lane = fresh_thread() % WARP_LANES;
+        values += lane % 16 * W::ROW_BYTES;
+        const uint32_t unit = (lane / 16 ^ lane % 8) * 16;
+#pragma unroll
+        for (int pair = 0; pair < D / 16; ++pair) {
+            // Also keeps the compiler from loading so far ahead that registers run out.
+            if (pair % 2 == 0 && pair * 16 >= args.head_dim) break;
+            float part[SETS][2][4] = {};
+#pragma unroll
+            for (int step = 0; step < TILE / 16; ++step) {
+                uint32_t b[4];
+                load_blocks_transposed(
+                    b, values + (unit ^ pair * 32) + step * 16 * W::ROW_BYTES);
+#pragma unroll
+                for (int set = 0; set < SETS; ++set) {
+                    multiply_add(part[set][0], weights[set][step], b[0], b[1]);
+                    multiply_add(part[set][1], weights[set][step], b[2], b[3]);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < SETS * 8; ++i) {
+                float& x = kept[i / 8][pair][i / 4 % 2][i % 4];
+                x = fold(x, part[i / 8][i / 4 % 2][i % 4], factors[i / 8][i % 4 / 2]);
+            }
+        }
+    }
+
+    // Calls `visit` with the place of every two neighbouring dimensions of a head in the result.
+    template <typename Visit>
+    __device__ __forceinline__ void each_pair(int set, int half, Visit visit) {
+        const int m = head(set, half);
+        if (!queries.has(args, m)) return;
+        const int lane = fresh_thread() % WARP_LANES;
+        float* out = args.out + queries.query(args, m) * args.head_dim;
+#pragma unroll
+        for (int part = 0; part < D / 32; ++part) {
+            if (part * 32 >= args.head_dim) break;
+#pragma unroll
+            for (int n = part * 4; n < part * 4 + 4; ++n) {
+                const int dimension = n * 8 + lane % 4 * 2;
+                if (dimension < args.head_dim) {
+                    float* two = &kept[set][n / 2][n % 2][half * 2];
+                    visit(two, reinterpret_cast<float2*>(out + dimension));
+                }
+            }
+        }
+    }
+
+    // Folds the piece into the pieces before it, which lie where the result will. `wholes` is
+    // where the states of the block's heads lie meanwhile.
+    __device__ __forceinline__ void fold_piece(RowState* wholes, bool is_first) {
+#pragma unroll
+        for (int i = 0; i < 2 * SETS; ++i) {
+            RowState& state = states[i / 2].rows[i % 2];
+            RowState* place = wholes + head(i / 2, i % 2);
+            RowState whole = is_first ? nothing_seen() : *place;
+            const FoldFactors factors = fold_state(whole, state);
+            // All lanes of a row write the same, after they all have read.
+            __syncwarp();
+            *place = whole;
+            state = whole;
+            each_pair(i / 2, i % 2, [&](float* two, float2* place) {
+                const float2 before = is_first ? make_float2(0.0f, 0.0f) : *place;
+                two[0] = fold(before.x, two[0], factors);
+                two[1] = fold(before.y, two[1], factors);
+                *place = make_float2(two[0], two[1]);
+            });
+        }
     }
 
     // Divides by the sums of weights, rotates back and writes.
-    __device__ __forceinline__ void finish(const LaneStates& whole) {
-        const float inverses[2] = {__fdiv_rn(1.0f, whole.rows[0].sum),
-                                   __fdiv_rn(1.0f, whole.rows[1].sum)};
+    __device__ __forceinline__ void finish() {
         const bool is_rotated = args.value_format >= FORMAT_Q8;
+        const int lane = fresh_thread() % WARP_LANES;
 #pragma unroll
-        for (int group = 0; group < D / GROUP; ++group) {
-            float x[4][4];
+        for (int set = 0; set < SETS; ++set) {
+            const float inverses[2] = {__fdiv_rn(1.0f, states[set].rows[0].sum),
+                                       __fdiv_rn(1.0f, states[set].rows[1].sum)};
 #pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                const float value = kept[2 * group + i / 8][i / 4 % 2][i % 4];
-                x[i / 4][i % 4] = __fmul_rn(value, inverses[i % 4 / 2]);
-            }
-            if (is_rotated) rotate_fragment(x, lane);
+            for (int group = 0; group < D / GROUP; ++group) {
+                float x[4][4];
 #pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                kept[2 * group + i / 8][i / 4 % 2][i % 4] = x[i / 4][i % 4];
+                for (int i = 0; i < 16; ++i) {
+                    const float value = kept[set][2 * group + i / 8][i / 4 % 2][i % 4];
+                    x[i / 4][i % 4] = __fmul_rn(value, inverses[i % 4 / 2]);
+                }
+                if (is_rotated) rotate_fragment(x, lane);
+#pragma unroll
+                for (int i = 0; i < 16; ++i) {
+                    kept[set][2 * group + i / 8][i / 4 % 2][i % 4] = x[i / 4][i % 4];
+                }
             }
         }
-        each_pair([&](int, float* two, float2* place) { *place = make_float2(two[0], two[1]); });
+#pragma unroll
+        for (int i = 0; i < 2 * SETS; ++i) {
+            each_pair(i / 2, i % 2, [](float* two, float2* place) {
+                *place = make_float2(two[0], two[1]);
+            });
+        }
     }
 };
 
-// Grid: (tiles, kv_heads * head_tiles).
+// A block's tiles on their way from pages to shared memory.
+template <int D>
+struct WalkTiles {
+    using W = Walk<D>;
+
+    const AttendArgs& args;
+    const Block& block;
+    // Page of the tile that is copied next.
+    uint32_t page;
+
+    __device__ __forceinline__ WalkTiles(const AttendArgs& args, const Block& block)
+        : args(args), block(block) {
+        look_up(block.span.first_token / TILE);
+    }
+
+    __device__ __forceinline__ WalkSource<D> keys() const {
+        const HeadLayout layout = {args.key_format, args.head_dim};
+        return {args.key_pages, layout, args.kv_heads, block.queries.kv_head};
+    }
+
+    __device__ __forceinline__ WalkSource<D> values() const {
+        const HeadLayout layout = {args.value_format, args.head_dim};
+        return {args.value_pages, layout, args.kv_heads, block.queries.kv_head};
+    }
+
+    __device__ __forceinline__ void look_up(int tile) {
+        const int index = min(tile, block.span.last_tile) * TILE / PAGE_TOKENS;
+        page = __ldcg(block.queries.page_table + index);
+    }
+
+    // Starts copying keys and values of a tile, and looks up the next one's page.
+    __device__ __forceinline__ void fill(uint32_t stage, int tile) {
+        keys().copy(stage, page, block.span, tile);
+        values().copy(stage + keys().stage_bytes(), page, block.span, tile);
+        look_up(tile + 1);
+    }
+};
+
+// Starts copying the block's query heads.
+template <int D>
+__device__ __forceinline__ void copy_queries(const AttendArgs& args, const Queries& queries,
+                                             uint32_t q) {
+    using W = Walk<D>;
+#pragma unroll 2
+    for (int index = threadIdx.x; index < W::HEADS * W::UNITS; index += ATTEND_THREADS) {
+        const int m = index / W::UNITS;
+        const int unit = index % W::UNITS;
+        const bool is_there = queries.has(args, m);
+        const __half* row = args.queries + (is_there ? queries.query(args, m) * D : 0);
+        copy_async(q + unit_offset<D>(m, unit), row + unit * 8, is_there);
+    }
+}
+
+// Grid: tiles * kv_heads * head_tiles blocks.
 template <int D>
 __device__ __forceinline__ void attend_walk(const AttendArgs& args) {
     extern __shared__ __align__(128) uint8_t dynamic_shared[];
-    constexpr int STRIDE = D + PADDING;
-    // Later rows see more: their blocks start first.
-    const Queries queries(args, gridDim.x - 1 - blockIdx.x, blockIdx.y);
-    const Span span(args, queries);
-    TileRing<D> ring(args, queries, span, dynamic_shared + QUERY_BYTES<D>, span.first_piece, 1);
-    ring.start(queries, span);
-    __half* q = reinterpret_cast<__half*>(dynamic_shared);
-    for (int index = threadIdx.x; index < HEADS_OF_BLOCK * (D / 8); index += ATTEND_THREADS) {
-        const int m = index / (D / 8);
-        const int unit = index % (D / 8);
-        uint4 elements = {0, 0, 0, 0};
-        if (queries.has(args, m)) {
-            const __half* row = args.queries + queries.query(args, m) * D;
-            elements = reinterpret_cast<const uint4*>(row)[unit];
-        }
-        *reinterpret_cast<uint4*>(q + m * STRIDE + unit * 8) = elements;
+    using W = Walk<D>;
+    // Later rows see more: the blocks of all their heads start first.
+    const int blocks_of_tile = args.kv_heads * args.head_tiles;
+    WalkShared<D>& shared = *reinterpret_cast<WalkShared<D>*>(dynamic_shared);
+    const Block& block = shared.block;
+    if (threadIdx.x == 0) {
+        const Queries queries(args, (gridDim.x - 1 - blockIdx.x) / blocks_of_tile,
+                              blockIdx.x % blocks_of_tile);
+        shared.block = {queries, Span(args, queries)};
     }
-    BlockWarp<D> warp(args, queries, q, threadIdx.x / WARP_LANES, threadIdx.x % WARP_LANES);
+    __syncthreads();
+    const Queries& queries = block.queries;
+    const Span& span = block.span;
+    WalkTiles<D> tiles(args, block);
+    const bool is_quantised = args.key_format >= FORMAT_Q8;
+    // Offsets in shared memory.
+    constexpr int QUERIES = sizeof(WalkShared<D>);
+    constexpr int DECODED = QUERIES + W::QUERY_BYTES;
+    constexpr int DECODED_VALUES = DECODED + (W::DECODED_TILES - 1) * W::TILE_BYTES;
+    const int stages = DECODED + (is_quantised ? W::DECODED_TILES * W::TILE_BYTES : 0);
+    int stage = stages;
+    const uint32_t base = shared_address(dynamic_shared);
 
-    // Where a piece is one tile, tiles are folded into the result; elsewhere into a piece, which
-    // is folded into the result then.
-    const bool has_pieces = span.piece_tiles > 1;
-    // Tokens that every row sees.
-    const int common_first = first_visible(args, span.end_token - 1);
-    const int common_end = queries.first_position + 1;
-    LaneStates whole = {{nothing_seen(), nothing_seen()}};
-    LaneStates states = {{nothing_seen(), nothing_seen()}};
-    for (int piece = span.first_piece; piece <= span.last_piece; ++piece) {
-        const int last_tile = span.last_tile_of(piece);
-        for (int tile = span.first_tile_of(piece); tile <= last_tile; ++tile) {
-            const bool is_masked =
-                tile * TILE < common_first || tile * TILE + TILE > common_end;
-            RowState part[2];
-            uint32_t weights[4][4];
-            {
-                float s[TILE / 8][4] = {};
-                warp.score(s, part, ring.next(queries, span, ring.keys, tile), tile, is_masked);
-                warp.weigh(s, part, weights);
+    const int first_tile = span.first_token / TILE;
+    const bool is_old = (first_tile + 1) * TILE <= queries.old_tokens;
+    if (is_old) tiles.fill(base + stage, first_tile);
+    dependency_wait();
+    dependency_trigger();
+    copy_queries<D>(args, queries, base + QUERIES);
+    if (!is_old) tiles.fill(base + stage, first_tile);
+    copies_commit();
+    WalkWarp<D> warp(args, queries, base + QUERIES);
+
+#pragma unroll 1
+    for (int tile = first_tile; tile <= span.last_tile; ++tile) {
+        copies_wait(0);
+        __syncthreads();
+        const int this_stage = stage;
+        // All are past the tile before, whose stage is free now.
+        if (args.slots > 1) {
+            stage = 2 * stages + args.slot_bytes - stage;
+            if (tile < span.last_tile) {
+                tiles.fill(base + stage, tile + 1);
+                copies_commit();
             }
-            const __half* values = ring.next(queries, span, ring.values, tile);
-            warp.attend_values(weights, part, states, values);
         }
-        if (has_pieces) {
-            warp.fold_piece(whole, states, piece == span.first_piece);
-            if (piece < span.last_piece) {
-                states = {{nothing_seen(), nothing_seen()}};
-#pragma unroll
-                for (int i = 0; i < D / 2; ++i) warp.kept[i / 8][i / 4 % 2][i % 4] = 0.0f;
+        int keys = this_stage;
+        int values = this_stage + tiles.keys().stage_bytes();
+        if (is_quantised) {
+            tiles.keys().decode(dynamic_shared + keys, dynamic_shared + DECODED, span, tile);
+            keys = DECODED;
+            if (W::DECODED_TILES == 2) {
+                tiles.values().decode(dynamic_shared + values, dynamic_shared + DECODED_VALUES,
+                                      span, tile);
+                values = DECODED_VALUES;
             }
+            __syncthreads();
+        }
+        const bool sees = warp.sees(tile);
+        uint32_t weights[W::SETS][4][4];
+        FoldFactors factors[W::SETS][2];
+        if (sees) warp.attend_keys(base + keys, tile, weights, factors);
+        // Keeps the compiler from mixing the two, for which it has too few registers.
+        __syncwarp();
+        if (W::DECODED_TILES == 1 && is_quantised) {
+            __syncthreads();
+            tiles.values().decode(dynamic_shared + values, dynamic_shared + DECODED_VALUES, span,
+                                  tile);
+            values = DECODED_VALUES;
+            __syncthreads();
+        }
+        if (sees) warp.attend_values(base + values, weights, factors);
+        if (args.slots == 1 && tile < span.last_tile) {
+            __syncthreads();
+            tiles.fill(base + stage, tile + 1);
+            copies_commit();
+        }
+        // Where a piece is one tile, tiles are folded into the result; elsewhere into a piece,
+        // which is folded into the result then.
+        const bool is_last = tile == span.last_tile;
+        if (span.piece_tiles > 1 && (is_last || (tile + 1) % span.piece_tiles == 0)) {
+            warp.fold_piece(shared.wholes, tile / span.piece_tiles == span.first_piece);
+            if (!is_last) warp.clear();
         }
     }
-    if (!has_pieces) whole = states;
-    warp.finish(whole);
+    warp.finish();
 }
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(128, 3)
+extern "C" __global__ void __launch_bounds__(128, 2)
 oxl_attend_walk_64(const __grid_constant__ AttendArgs args) {
     attend_walk<64>(args);
 }

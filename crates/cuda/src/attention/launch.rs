@@ -5,7 +5,7 @@ use oxllama_backend::quantised::GROUP;
 use oxllama_backend::{CacheShape, HeadLayout, PAGE_TOKENS, WorkspaceShape};
 use oxllama_memory::ElementFormat;
 
-use super::tiles::{BLOCK_HEADS, SPLIT_HEADS, TILE_TOKENS, most_pieces};
+use super::tiles::{SPLIT_HEADS, TILE_TOKENS, block_heads, most_pieces};
 use crate::context::GpuInfo;
 use crate::step::aligned;
 
@@ -150,7 +150,7 @@ impl HeadTiles {
 /// A block's shared memory: a ring of slots behind what else it keeps there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Ring {
-    /// Tiles of keys or values that are on their way or in use.
+    /// Tiles that are on their way or in use.
     pub(super) slots: usize,
     /// Bytes of each.
     pub(super) slot_bytes: usize,
@@ -173,8 +173,8 @@ const SPLIT_SHARED_BYTES: usize = 2_688;
 /// Blocks of the splitting kernel that a multiprocessor is to hold.
 const SPLIT_BLOCKS: usize = 3;
 
-/// Blocks of the walking kernel that a multiprocessor is to hold.
-const WALK_BLOCKS: usize = 2;
+/// `BLOCK_BYTES` of `attention_walk.cu`.
+const WALK_BLOCK_BYTES: usize = 128;
 
 /// Bytes of a tile of fp16 in shared memory.
 fn tile_bytes(padded_head_dim: usize) -> usize {
@@ -198,10 +198,31 @@ impl Ring {
         )
     }
 
-    /// For the walking kernel.
+    /// For the walking kernel, whose slots are stages: a tile of keys and one of values. `None`:
+    /// the GPU has too little shared memory.
     pub(super) fn walk(shape: &CacheShape, padded: usize, gpu: &GpuInfo) -> Option<Self> {
-        let queries = BLOCK_HEADS * (padded + PADDING) * 2;
-        Self::fit(shape, padded, queries, shared_limit(gpu), WALK_BLOCKS)
+        let tile_bytes = TILE_TOKENS * padded * 2;
+        let stored = |layout: HeadLayout| {
+            if layout.format.is_quantised() {
+                TILE_TOKENS * (layout.vector_bytes() + layout.scale_bytes())
+            } else {
+                tile_bytes
+            }
+        };
+        let slot_bytes = stored(shape.key_layout()) + stored(shape.value_layout());
+        let decoded = match (shape.format.is_quantised(), padded) {
+            (false, _) => 0,
+            (true, ..=128) => 2 * tile_bytes,
+            (true, _) => tile_bytes,
+        };
+        let heads = block_heads(padded);
+        let rest = WALK_BLOCK_BYTES + heads * 2 * (size_of::<f32>() + padded) + decoded;
+        let slots = (shared_limit(gpu).checked_sub(rest)? / slot_bytes).min(2);
+        (slots > 0).then_some(Self {
+            slots,
+            slot_bytes,
+            shared_bytes: rest + slots * slot_bytes,
+        })
     }
 
     /// As many slots as leave room for `blocks` blocks, or for fewer blocks of two slots, or
@@ -427,7 +448,7 @@ mod tests {
             assert!(split.slots >= 4, "{split:?}");
             assert!(3 * (split.shared_bytes + RESERVED_SHARED_BYTES) <= HOPPER_SHARED + 1024);
             let walk = Ring::walk(&cache, 128, &gpu).unwrap();
-            assert!(walk.slots >= 4, "{walk:?}");
+            assert_eq!(walk.slots, 2, "{walk:?}");
             assert!(2 * (walk.shared_bytes + RESERVED_SHARED_BYTES) <= HOPPER_SHARED + 1024);
         }
     }
@@ -499,7 +520,8 @@ mod tests {
         assert_eq!(tiles(1, SPLIT_HEADS), (1, 1));
         assert_eq!(tiles(7, SPLIT_HEADS), (7, 1));
         assert_eq!(tiles(71, SPLIT_HEADS), (16, 5));
-        assert_eq!(tiles(71, BLOCK_HEADS), (64, 2));
+        assert_eq!(tiles(71, block_heads(128)), (71, 1));
+        assert_eq!(tiles(71, block_heads(256)), (64, 2));
     }
 
     #[test]

@@ -27,7 +27,6 @@ use launch::{
     AttendArgs, AttendExactArgs, CacheArgs, HeadTiles, PADDED_HEAD_DIMS, Ring, ScratchLayout,
     SplitGrid, format_number, head_dim_index, is_whole, score_factors,
 };
-use tiles::BLOCK_HEADS;
 pub(crate) use tiles::{Tile, Tiles};
 
 /// Warps of a block of `oxl_cache`, each of which treats a head of a row.
@@ -92,6 +91,7 @@ impl AttentionScratch {
                 shape.rows,
                 shape.sequences,
                 shape.heads / shape.kv_heads.max(1),
+                shape.head_dim,
             ),
         }
     }
@@ -340,11 +340,11 @@ impl CudaDevice {
     ) -> Result<(), DeviceError> {
         let ring = Ring::walk(&extents.cache, extents.padded(), self.info());
         let ring = ring.ok_or_else(|| self.too_little_shared(extents))?;
-        let heads = HeadTiles::of(extents.group(), BLOCK_HEADS);
+        let heads = HeadTiles::of(extents.group(), scratch.tiles.block_heads());
         let launch = Launch {
             grid: [
-                scratch.tiles.walked(),
-                extents.cache.kv_heads * heads.head_tiles,
+                scratch.tiles.walked() * extents.cache.kv_heads * heads.head_tiles,
+                1,
                 1,
             ],
             block: [THREADS, 1, 1],

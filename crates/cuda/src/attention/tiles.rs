@@ -14,9 +14,19 @@ const MOST_PIECES: usize = 64;
 /// `attention.cuh`.
 pub(super) const SPLIT_HEADS: usize = 16;
 
-/// Query heads of rows that a block of the walking kernel takes; `HEADS_OF_BLOCK` in
+/// Query heads of rows that a block of the walking kernel takes, at most; `Walk::HEADS` in
 /// `attention_walk.cu`.
-pub(super) const BLOCK_HEADS: usize = 64;
+pub(super) const BLOCK_HEADS: usize = 128;
+
+/// Query heads of rows that a block of the walking kernel takes where heads have up to
+/// `head_dim` dimensions.
+pub(super) fn block_heads(head_dim: usize) -> usize {
+    if head_dim <= 128 {
+        BLOCK_HEADS
+    } else {
+        BLOCK_HEADS / 2
+    }
+}
 
 /// Rows of a run up to which its sequence is split among blocks. What a row gives does not
 /// depend on this.
@@ -46,6 +56,8 @@ pub(crate) struct Tiles {
     first_positions: Vec<u32>,
     /// Query heads that share a kv head.
     group: usize,
+    /// Query heads of rows in a tile that is walked through.
+    block_heads: usize,
     split: usize,
     split_rows: usize,
     walked: usize,
@@ -53,12 +65,13 @@ pub(crate) struct Tiles {
 
 impl Tiles {
     /// Room for steps of up to `rows` rows of `sequences` sequences, where `group` query heads
-    /// share a kv head.
-    pub(crate) fn new(rows: usize, sequences: usize, group: usize) -> Self {
+    /// of up to `head_dim` dimensions share a kv head.
+    pub(crate) fn new(rows: usize, sequences: usize, group: usize, head_dim: usize) -> Self {
         Self {
             tiles: Vec::with_capacity(rows),
             first_positions: Vec::with_capacity(sequences),
             group,
+            block_heads: block_heads(head_dim),
             split: 0,
             split_rows: 0,
             walked: 0,
@@ -113,7 +126,11 @@ impl Tiles {
         old_tokens: u32,
         is_split: bool,
     ) {
-        let heads = if is_split { SPLIT_HEADS } else { BLOCK_HEADS };
+        let heads = if is_split {
+            SPLIT_HEADS
+        } else {
+            self.block_heads
+        };
         let rows_of_tile = heads / self.group.clamp(1, heads);
         let mut row = run.start;
         while row < run.end {
@@ -156,6 +173,11 @@ impl Tiles {
         self.walked
     }
 
+    /// Query heads of rows in a tile that is walked through.
+    pub(super) fn block_heads(&self) -> usize {
+        self.block_heads
+    }
+
     /// Query heads that share a kv head, for which the rows were cut.
     pub(super) fn group(&self) -> usize {
         self.group
@@ -195,7 +217,7 @@ mod tests {
     fn cut(rows: &[(u32, u32)], group: usize) -> Tiles {
         let sequences: Vec<u32> = rows.iter().map(|&(sequence, _)| sequence).collect();
         let positions: Vec<u32> = rows.iter().map(|&(_, position)| position).collect();
-        let mut tiles = Tiles::new(rows.len(), 4, group);
+        let mut tiles = Tiles::new(rows.len(), 4, group, 128);
         tiles.cut(&positions, &sequences);
         tiles
     }
@@ -254,16 +276,16 @@ mod tests {
 
     #[test]
     fn long_runs_come_after_the_split_ones() {
-        let rows: Vec<_> = run(0, 100, 40).chain([(1, 5), (2, 6)]).collect();
+        let rows: Vec<_> = run(0, 100, 60).chain([(1, 5), (2, 6)]).collect();
         let tiles = cut(&rows, 3);
         assert_eq!(
             (tiles.split(), tiles.split_rows(), tiles.walked()),
             (2, 2, 2)
         );
-        // 21 rows of 3 query heads are 63.
+        // 42 rows of 3 query heads are 126.
         assert_eq!(
             extents(&tiles.all()[..4]),
-            [(40, 1, 0), (41, 1, 1), (0, 21, 2), (21, 19, 23)]
+            [(60, 1, 0), (61, 1, 1), (0, 42, 2), (42, 18, 44)]
         );
     }
 
@@ -281,10 +303,7 @@ mod tests {
         let tiles = cut(&rows, 1);
         let firsts = extents(&tiles.all()[..tiles.walked()]);
         // Positions 4000..4096 see up to 4096 tokens.
-        assert_eq!(
-            firsts,
-            [(0, 64, 0), (64, 32, 64), (96, 64, 96), (160, 40, 160)]
-        );
+        assert_eq!(firsts, [(0, 96, 0), (96, 104, 96)]);
     }
 
     #[test]
