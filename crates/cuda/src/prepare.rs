@@ -13,7 +13,8 @@ use crate::module::{Kernel, Modules};
 /// Most outputs of one launch; `MOST_PREPARED` in `prepare.cu`.
 pub(crate) const MOST_PREPARED: usize = 3;
 
-/// Threads of a block of `oxl_prepare`, each of which writes four places.
+/// Threads of a block of `oxl_prepare`, each of which writes four places, and of
+/// `oxl_prepare_gather`.
 const THREADS: usize = 256;
 
 /// Shared memory of a block that is not a row's: sums.
@@ -70,6 +71,7 @@ struct PrepareArgs {
 #[derive(Debug)]
 pub(crate) struct PrepareKernels {
     spread: Kernel,
+    gather: Kernel,
     row: Kernel,
     wide_row: Kernel,
     /// The widest row that `row` can hold.
@@ -81,6 +83,7 @@ impl PrepareKernels {
         let shared_bytes = gpu.shared_per_block.get() as usize - STATIC_SHARED_BYTES;
         Ok(Self {
             spread: modules.kernel("prepare", "oxl_prepare", 0)?,
+            gather: modules.kernel("prepare", "oxl_prepare_gather", shared_bytes)?,
             row: modules.kernel("prepare", "oxl_prepare_row", shared_bytes)?,
             wide_row: modules.kernel("prepare", "oxl_prepare_wide_row", 0)?,
             // Whole vectors of four.
@@ -94,6 +97,8 @@ impl PrepareKernels {
 enum Entry {
     /// Several blocks a row, which read what they write: no norm.
     Spread,
+    /// A block has the row in shared memory as fp16: no norm.
+    Gather,
     /// Each block has the row in shared memory.
     Row,
     /// Each block reads the row again where it needs it: a norm of very wide rows.
@@ -128,7 +133,7 @@ fn plan(shape: &Shape, widest_row: usize) -> (Entry, Launch) {
     let entry = if shape.has_norm {
         if fits { Entry::Row } else { Entry::WideRow }
     } else if shape.is_permuted && shape.rows > FEW_ROWS && fits {
-        Entry::Row
+        Entry::Gather
     } else {
         Entry::Spread
     };
@@ -136,9 +141,11 @@ fn plan(shape: &Shape, widest_row: usize) -> (Entry, Launch) {
     let slices = (shape.padded_width / 1024).min(128 / shape.rows.max(1));
     let (blocks, threads) = match entry {
         Entry::Spread => (shape.padded_width.div_ceil(4 * THREADS), THREADS),
+        Entry::Gather => (1, THREADS),
         Entry::Row | Entry::WideRow => (slices.clamp(1, 8), row_threads(shape.width)),
     };
     let shared_bytes = match entry {
+        Entry::Gather => shape.width.next_multiple_of(4) * size_of::<u16>(),
         Entry::Row => shape.width.next_multiple_of(4) * size_of::<f32>(),
         Entry::Spread | Entry::WideRow => 0,
     };
@@ -217,6 +224,7 @@ impl CudaDevice {
         let (entry, launch) = plan(&shape, kernels.widest_row);
         let kernel = match entry {
             Entry::Spread => kernels.spread,
+            Entry::Gather => kernels.gather,
             Entry::Row => kernels.row,
             Entry::WideRow => kernels.wide_row,
         };
@@ -296,6 +304,10 @@ mod tests {
                             Entry::Spread => {
                                 assert!(!has_norm && 4 * THREADS * y >= shape.padded_width);
                             }
+                            Entry::Gather => {
+                                assert!(!has_norm && y == 1);
+                                assert!(launch.shared_bytes >= width * size_of::<u16>());
+                            }
                             // Every slice has places: they are dealt in fours.
                             Entry::Row => {
                                 assert!(y <= shape.padded_width / 4);
@@ -317,7 +329,7 @@ mod tests {
             ..shape(rows, 11_008)
         };
         assert_eq!(plan(&shape(1, true), WIDEST_ROW).0, Entry::Spread);
-        assert_eq!(plan(&shape(64, true), WIDEST_ROW).0, Entry::Row);
+        assert_eq!(plan(&shape(64, true), WIDEST_ROW).0, Entry::Gather);
         assert_eq!(plan(&shape(64, false), WIDEST_ROW).0, Entry::Spread);
     }
 

@@ -131,7 +131,8 @@ oxl_cache(const __grid_constant__ CacheArgs args) {
     const int warp = threadIdx.x / WARP_LANES;
     const int lane = threadIdx.x % WARP_LANES;
     const int heads_of_row = args.heads + 2 * args.kv_heads;
-    const int64_t task = int64_t(blockIdx.x) * WARPS + warp;
+    // 32 bits: a division of 64 costs as much as a head's arithmetic.
+    const uint32_t task = blockIdx.x * WARPS + warp;
     const int row = int(task / heads_of_row);
     if (row >= args.rows) return;
     int head = int(task % heads_of_row);

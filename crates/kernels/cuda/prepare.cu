@@ -247,3 +247,40 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     store_places(out, first, args.width, y);
 }
+
+// Without a norm, for many rows in another order: the row as fp16 in shared memory,
+// [width rounded up to 4], is gathered from there. With a quarter of the threads that a norm's row
+// has, and half its bytes, other blocks' loads go on while one gathers.
+// Grid (rows, 1, outputs).
+extern "C" __global__ void __launch_bounds__(256, 6)
+    oxl_prepare_gather(const __grid_constant__ PrepareArgs args) {
+    extern __shared__ float4 shared[];
+    __half* staged = reinterpret_cast<__half*>(shared);
+    const int64_t row = blockIdx.x;
+    const int width = args.width;
+    const uint32_t* permutation = args.permutations[blockIdx.z];
+    __half* out = args.outs[blockIdx.z] + row * args.padded_width;
+    const int stride = 4 * blockDim.x;
+    const int first = 4 * threadIdx.x;
+    oxl::dependency_trigger();
+    oxl::dependency_wait();
+    // Places past the width are zeros; shared memory ends there.
+#pragma unroll 3
+    for (int at = first; at < width; at += stride) {
+        store_places(staged, at, width, load_input(args, row, at));
+    }
+    __syncthreads();
+#pragma unroll 2
+    for (int at = first; at < args.padded_width; at += stride) {
+        const Places places = load_places(permutation, at, width);
+        uint32_t taken[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            taken[i] = at + i < width ? __half_as_ushort(staged[places.at[i]]) : 0;
+        }
+        uint2 packed;
+        packed.x = taken[0] | taken[1] << 16;
+        packed.y = taken[2] | taken[3] << 16;
+        *reinterpret_cast<uint2*>(out + at) = packed;
+    }
+}

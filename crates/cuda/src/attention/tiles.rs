@@ -204,7 +204,7 @@ fn piece_tokens(tokens: usize) -> usize {
     piece
 }
 
-/// Most pieces of a tile of rows in sequences of up to `tokens` tokens. A window may begin and
+/// Most pieces of a tile of rows that is split, in sequences of up to `tokens` tokens. A window may begin and
 /// end within a piece, and the rows of a tile see one token each that others do not.
 pub(super) fn most_pieces(tokens: usize) -> usize {
     tokens.div_ceil(TILE_TOKENS).clamp(1, MOST_PIECES + 2)
@@ -271,7 +271,7 @@ mod tests {
             .iter()
             .map(|tile| (tile.first_row, tile.old_tokens))
             .collect();
-        assert_eq!(old, [(0, 70), (2, 9), (3, 70), (11, 70)]);
+        assert_eq!(old, [(0, 70), (2, 9), (3, 70), (19, 70)]);
     }
 
     #[test]
@@ -362,7 +362,7 @@ mod tests {
             let piece = piece_tokens(window);
             for position in (window - 1..window + 3 * piece).step_by(7) {
                 // A tile of rows that the window has left behind the first token.
-                let (first, last) = (position + 1 - window, position + BLOCK_HEADS - 1);
+                let (first, last) = (position + 1 - window, position + SPLIT_HEADS - 1);
                 let pieces = last / piece - first / piece + 1;
                 assert!(
                     pieces <= most_pieces(1 << 20),
