@@ -129,11 +129,16 @@ struct Shape {
 fn plan(shape: &Shape, widest_row: usize) -> (Entry, Launch) {
     /// Up to here many random reads from the L2 cost less than the wait for a whole row.
     const FEW_ROWS: usize = 8;
+    /// From here on there is a row for every multiprocessor, and what counts is how many rows each
+    /// can have under way; with fewer, several blocks share a row.
+    const MANY_ROWS: usize = 128;
     let fits = shape.width <= widest_row;
     let entry = if shape.has_norm {
         if fits { Entry::Row } else { Entry::WideRow }
-    } else if shape.is_permuted && shape.rows > FEW_ROWS && fits {
+    } else if shape.is_permuted && shape.rows >= MANY_ROWS && fits {
         Entry::Gather
+    } else if shape.is_permuted && shape.rows > FEW_ROWS && fits {
+        Entry::Row
     } else {
         Entry::Spread
     };
@@ -329,7 +334,8 @@ mod tests {
             ..shape(rows, 11_008)
         };
         assert_eq!(plan(&shape(1, true), WIDEST_ROW).0, Entry::Spread);
-        assert_eq!(plan(&shape(64, true), WIDEST_ROW).0, Entry::Gather);
+        assert_eq!(plan(&shape(64, true), WIDEST_ROW).0, Entry::Row);
+        assert_eq!(plan(&shape(128, true), WIDEST_ROW).0, Entry::Gather);
         assert_eq!(plan(&shape(64, false), WIDEST_ROW).0, Entry::Spread);
     }
 
