@@ -65,12 +65,15 @@ pub trait DeviceMemory: Send + Sync + 'static {
         Ok(&mut values[..elements])
     }
 
-    /// Copies the first `bytes` of a buffer on a device of the same backend (perhaps this one).
+    /// Copies the first `bytes` of a buffer of `peer`, a device of the same backend (perhaps
+    /// this one): after everything enqueued on `peer` so far, and before what is enqueued there
+    /// from here on.
     ///
     /// # Errors
-    /// The device failed.
+    /// A device failed.
     fn copy_from_peer(
         &self,
+        peer: &Self,
         source: &Self::Buffer,
         destination: &mut Self::Buffer,
         bytes: usize,

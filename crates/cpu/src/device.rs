@@ -173,6 +173,7 @@ impl DeviceMemory for CpuDevice {
 
     fn copy_from_peer(
         &self,
+        _peer: &Self,
         source: &HostBuffer,
         destination: &mut HostBuffer,
         bytes: usize,

@@ -207,6 +207,10 @@ impl Context {
         &self.info.id
     }
 
+    pub(crate) fn handle(&self) -> CUcontext {
+        self.handle
+    }
+
     /// Makes the context the calling thread's: before anything else is asked of the driver.
     pub(crate) fn bind(&self) -> Result<(), DeviceError> {
         // SAFETY: the handle is valid as long as `self` lives.

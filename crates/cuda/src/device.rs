@@ -15,7 +15,7 @@ use crate::linear::{BlasLt, LinearKernels, LoaderPool};
 use crate::module::{Kernel, Modules};
 use crate::prepare::PrepareKernels;
 use crate::sample::SampleKernels;
-use crate::stream::Stream;
+use crate::stream::{Event, Stream};
 
 /// Entries of the kernels, looked up once.
 #[derive(Debug)]
@@ -50,6 +50,10 @@ impl Kernels {
 struct Shared {
     // Dropped first: what uses the modules and the context goes before them.
     stream: Stream,
+    /// Everything before a copy to another device has run; what a copy from another device
+    /// brings is there.
+    left: Event,
+    arrived: Event,
     loaders: LoaderPool,
     blaslt: Option<BlasLt>,
     kernels: Kernels,
@@ -70,17 +74,20 @@ impl CudaDevice {
     /// The GPU is too old, the driver refuses, or there is no device code for it.
     pub fn open(gpu: &GpuInfo) -> Result<Self, CudaUnavailable> {
         let context = Arc::new(Context::retain(gpu.clone())?);
-        let opened = |operation, result: Result<Stream, DeviceError>| {
-            result.map_err(|error| CudaUnavailable::Open {
+        let failed = |operation| {
+            move |error: DeviceError| CudaUnavailable::Open {
                 name: gpu.name.clone(),
                 operation,
                 reason: error.to_string(),
-            })
+            }
         };
+        let event = || Event::new(&context).map_err(failed("creating an event"));
         let modules = Modules::load(&context)?;
         Ok(Self {
             shared: Arc::new(Shared {
-                stream: opened("creating a stream", Stream::new(&context))?,
+                stream: Stream::new(&context).map_err(failed("creating a stream"))?,
+                left: event()?,
+                arrived: event()?,
                 loaders: LoaderPool::default(),
                 blaslt: BlasLt::open(),
                 kernels: Kernels::find(&modules, gpu)?,
@@ -226,6 +233,7 @@ impl DeviceMemory for CudaDevice {
 
     fn copy_from_peer(
         &self,
+        peer: &Self,
         source: &CudaBuffer,
         destination: &mut CudaBuffer,
         bytes: usize,
@@ -236,9 +244,29 @@ impl DeviceMemory for CudaDevice {
             source.length(),
             destination.length()
         );
-        // SAFETY: both buffers are as long as said, and the models that own them outlive their
-        // steps.
-        unsafe { self.copy(source.address(), destination.address(), bytes) }
+        if Arc::ptr_eq(&self.shared, &peer.shared) {
+            // SAFETY: both buffers are as long as said, and the models that own them outlive
+            // their steps.
+            return unsafe { self.copy(source.address(), destination.address(), bytes) };
+        }
+        peer.shared.left.record(peer.stream())?;
+        self.stream().wait(&peer.shared.left)?;
+        // SAFETY: as above; both contexts are alive.
+        let code = unsafe {
+            sys::cuMemcpyPeerAsync(
+                destination.address(),
+                self.context().handle(),
+                source.address(),
+                peer.context().handle(),
+                bytes,
+                self.stream().handle(),
+            )
+        };
+        self.context().check(code, || {
+            format!("copying {bytes} bytes from {}", peer.context().id())
+        })?;
+        self.shared.arrived.record(self.stream())?;
+        peer.stream().wait(&self.shared.arrived)
     }
 
     fn copy_within(

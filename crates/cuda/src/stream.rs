@@ -47,6 +47,15 @@ impl Stream {
         self.context
             .check(code, || "a step's kernels or copies".to_owned())
     }
+
+    /// What is enqueued from here on waits for the place that `event` marked last.
+    pub(crate) fn wait(&self, event: &Event) -> Result<(), DeviceError> {
+        self.context.bind()?;
+        // SAFETY: both handles are alive.
+        let code = unsafe { sys::cuStreamWaitEvent(self.handle, event.handle, 0) };
+        self.context
+            .check(code, || "waiting for another stream".to_owned())
+    }
 }
 
 impl Drop for Stream {

@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use oxllama_backend::{Device, PAGE_TOKENS};
+use oxllama_cuda::CudaDevice;
 use oxllama_format::{ModelSource, SafetensorsDir, TensorSource};
-use oxllama_memory::{CacheFormat, Inventory, Ledger};
+use oxllama_memory::{Bytes, CacheFormat, DeviceInfo, GpuSplit, Inventory, Ledger, Policy};
 use oxllama_model::{Decoder, LoadOptions, ModelRequest, ModelSpec, Runner, StepPlan, plan_model};
 use serde_json::Value;
 
-use crate::checks::Checks;
+use crate::checks::{Checks, print};
 
 /// Largest difference of a logit from transformers' in f32; logits spread over about 2, and
 /// activations are rounded to fp16 in front of every linear.
@@ -111,12 +112,58 @@ pub(crate) fn run(checks: &mut Checks<'_>, folder: &Path) -> Result<()> {
         });
     }
     let path = folder.join("llama3");
+    let gpus = oxllama_cuda::gpus()?;
+    if let [first, second, ..] = &gpus[..] {
+        let devices = [CudaDevice::open(first)?, CudaDevice::open(second)?];
+        checks.check("layers on two GPUs give the same bits", || {
+            split_over_two(&path, &devices)
+        });
+    } else {
+        print("SKIPPED layers on two GPUs: there is one");
+    }
     let (device, books) = (checks.device, checks.books()?);
     checks.check(
         "decode is the same run to run and alone or among 31 others",
         || decode_alone_and_among_others(&path, device, &books),
     );
     Ok(())
+}
+
+/// Runs a model with its layers on two devices and on one: the same bits.
+fn split_over_two(path: &Path, devices: &[CudaDevice; 2]) -> Result<String> {
+    let limits = [Bytes::from_mib(64), Bytes::from_mib(64)];
+    let infos = devices.iter().zip(limits).map(|(device, limit)| {
+        let info = device.info();
+        DeviceInfo::new(info.id.clone(), info.name.clone(), limit)
+    });
+    let inventory = Inventory::new(infos.collect())?;
+    let ledger = Ledger::new(&inventory);
+    let source = ModelSource::open(path)?;
+    let spec = ModelSpec::from_config(source.config())?;
+    let mut logits = Vec::new();
+    let mut policy = Policy::Fill;
+    for expected in [1, 2] {
+        let request = ModelRequest {
+            policy: policy.clone(),
+            ..request(256, 1)
+        };
+        let plan = plan_model(&source, &spec, &devices[0], &inventory, &request)?;
+        let used = plan.memory.devices.len();
+        ensure!(used == expected, "{used} devices are used, not {expected}");
+        // Too little for all of it, enough for most of it.
+        let total = plan.memory.devices[0].total;
+        policy = Policy::GpuSplit(GpuSplit(vec![Bytes(total.get() * 9 / 10), total]));
+        let options = LoadOptions::new(&ledger);
+        let mut model = Decoder::load(&source, spec.clone(), devices.to_vec(), &plan, &options)?;
+        let mut found = feed(&mut model, &[1, 2, 3, 4, 5], 0, 0)?;
+        for position in 5..40 {
+            let token = position as u32 * 7 % 90;
+            found.extend(feed(&mut model, &[token], position, 0)?);
+        }
+        logits.push(found);
+    }
+    ensure!(logits[0] == logits[1], "the numbers differ");
+    Ok(format!("{} logits", logits[0].len()))
 }
 
 /// The largest error of any case, prompt at once and then token by token.

@@ -143,7 +143,8 @@ impl<D: Device> Decoder<D> {
             } = &mut from_here[0];
             if let Some(previous) = before.last() {
                 let source = &previous.activations.hidden;
-                device.copy_from_peer(source, &mut activations.hidden, hidden_bytes)?;
+                let hidden = &mut activations.hidden;
+                device.copy_from_peer(&previous.device, source, hidden, hidden_bytes)?;
             }
             let (spec, adapters) = (&self.spec, &mut self.adapters);
             device.sequence(key, workspace, |workspace| {

@@ -39,6 +39,7 @@ impl DeviceMemory for ReferenceDevice {
 
     fn copy_from_peer(
         &self,
+        _peer: &Self,
         source: &HostBuffer,
         destination: &mut HostBuffer,
         bytes: usize,

@@ -44,11 +44,12 @@ impl DeviceMemory for FaultyDevice {
 
     fn copy_from_peer(
         &self,
+        peer: &Self,
         source: &HostBuffer,
         destination: &mut HostBuffer,
         bytes: usize,
     ) -> Result {
-        self.0.copy_from_peer(source, destination, bytes)
+        self.0.copy_from_peer(&peer.0, source, destination, bytes)
     }
 
     fn copy_within(&self, buffer: &mut HostBuffer, from: usize, to: usize, bytes: usize) -> Result {
