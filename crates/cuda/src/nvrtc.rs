@@ -238,6 +238,8 @@ impl RuntimeCompiler {
         let mut options = vec![
             format!("--gpu-architecture={architecture}"),
             "-std=c++17".to_owned(),
+            // There is device code only; of a generic lambda it would not be seen.
+            "--device-as-default-execution-space".to_owned(),
         ];
         let folders = self.include_folders.iter();
         options.extend(folders.map(|folder| format!("--include-path={}", folder.display())));

@@ -151,8 +151,9 @@ fn split_over_two(path: &Path, devices: &[CudaDevice; 2]) -> Result<String> {
         let used = plan.memory.devices.len();
         ensure!(used == expected, "{used} devices are used, not {expected}");
         // Too little for all of it, enough for most of it.
-        let total = plan.memory.devices[0].total;
-        policy = Policy::GpuSplit(GpuSplit(vec![Bytes(total.get() * 9 / 10), total]));
+        let whole = &plan.memory.devices[0];
+        let most = whole.total.saturating_sub(Bytes(whole.weights.get() / 3));
+        policy = Policy::GpuSplit(GpuSplit(vec![most, whole.total]));
         let options = LoadOptions::new(&ledger);
         let mut model = Decoder::load(&source, spec.clone(), devices.to_vec(), &plan, &options)?;
         let mut found = feed(&mut model, &[1, 2, 3, 4, 5], 0, 0)?;
