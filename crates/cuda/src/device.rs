@@ -14,7 +14,6 @@ use crate::error::CudaUnavailable;
 use crate::linear::{BlasLt, LinearKernels, LoaderPool};
 use crate::module::{Kernel, Modules};
 use crate::prepare::PrepareKernels;
-use crate::sample::SampleKernels;
 use crate::stream::{Event, Stream};
 
 /// Entries of the kernels, looked up once.
@@ -27,7 +26,6 @@ pub(crate) struct Kernels {
     pub(crate) prepare: PrepareKernels,
     pub(crate) elementwise: ElementwiseKernels,
     pub(crate) linear: LinearKernels,
-    pub(crate) sample: SampleKernels,
 }
 
 impl Kernels {
@@ -40,7 +38,6 @@ impl Kernels {
             prepare: PrepareKernels::find(modules, gpu)?,
             elementwise: ElementwiseKernels::find(modules)?,
             linear: LinearKernels::find(modules, gpu)?,
-            sample: SampleKernels::find(modules)?,
         })
     }
 }

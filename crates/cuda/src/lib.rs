@@ -25,7 +25,6 @@ mod norm;
 mod nvrtc;
 mod origin;
 mod prepare;
-mod sample;
 mod step;
 mod stream;
 
@@ -38,8 +37,4 @@ pub use library::{LIBRARIES_VARIABLE, LibraryNotFound};
 pub use linear::CudaLinear;
 pub use nvrtc::{CompileError, KernelSource, RuntimeCompiler};
 pub use origin::{KERNEL_FOLDER_VARIABLE, KERNELS_VARIABLE};
-pub use sample::{
-    CudaSampler, MOST_SAMPLED_COLUMNS, MOST_TOP_K, NO_TOKEN, SampleChange, SampleLogits, SampleRow,
-    SampledToken, SamplerShape,
-};
 pub use step::CudaWorkspace;
