@@ -18,8 +18,7 @@ pub(super) struct Line {
 }
 
 impl Line {
-    /// Jobs of a higher one are submitted first.
-    pub(super) fn priority(&self) -> i64 {
+    fn priority(&self) -> i64 {
         let priority = self.fields.get("priority");
         priority.and_then(Value::as_i64).unwrap_or(0)
     }
@@ -38,6 +37,12 @@ impl Line {
     pub(super) fn has_seed(&self) -> bool {
         self.fields.get("seed").is_some_and(|seed| !seed.is_null())
     }
+}
+
+/// Puts jobs into the order in which they are submitted: those of a higher priority first, those
+/// of one priority as they stand in the file.
+pub(super) fn order(lines: &mut [Line]) {
+    lines.sort_by_key(|line| std::cmp::Reverse(line.priority()));
 }
 
 /// Reads the jobs of a file; `-` is standard input.
@@ -130,5 +135,23 @@ pub(super) fn shortened(text: &str) -> String {
     match text.char_indices().nth(LONGEST_CHARS) {
         Some((end, _)) => format!("{:?}…", &text[..end]),
         None => format!("{text:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jobs_of_high_priority_come_first() {
+        let line = |(index, priority): (usize, &str)| {
+            let text = format!("{{\"custom_id\": \"job-{index}\", \"prompt\": \"a\"{priority}}}");
+            parse(text.as_bytes(), index + 1).unwrap()
+        };
+        let priorities = ["", "", ", \"priority\": 5", ""];
+        let mut lines: Vec<Line> = priorities.into_iter().enumerate().map(line).collect();
+        order(&mut lines);
+        let ids: Vec<&str> = lines.iter().map(|line| line.custom_id.as_str()).collect();
+        assert_eq!(ids, ["job-2", "job-0", "job-1", "job-3"]);
     }
 }

@@ -55,8 +55,7 @@ pub(crate) fn run(
         ));
         return Ok(ExitCode::SUCCESS);
     }
-    // Among those of one priority, in the order of the file.
-    lines.sort_by_key(|line| std::cmp::Reverse(line.priority()));
+    input::order(&mut lines);
 
     let is_guided = args.negative_prompt.is_some() || lines.iter().any(Line::is_guided);
     let choices = |line: &Line| {
