@@ -1,5 +1,9 @@
 //! What one forward step works on, and what it may need at most.
 
+use oxllama_memory::DeviceId;
+
+use crate::DeviceError;
+
 /// How rotary pairs are formed from a head's dimensions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeStyle {
@@ -105,4 +109,60 @@ pub struct WorkspaceShape {
     pub rotary_dim: usize,
     /// How many ropes a step prepares.
     pub ropes: usize,
+}
+
+impl WorkspaceShape {
+    /// Whether a workspace of this shape on `device` can serve a step.
+    ///
+    /// # Errors
+    /// The first extent that is exceeded, with both numbers.
+    ///
+    /// # Panics
+    /// If a row has no position or sequence, or names a sequence that has no page table: a
+    /// caller's mistake.
+    pub fn check(
+        &self,
+        device: &DeviceId,
+        batch: &StepBatch<'_>,
+        ropes: &[Rope],
+    ) -> Result<(), DeviceError> {
+        let end = |indices: &[u32]| indices.iter().max().map_or(0, |&last| last as usize + 1);
+        let (rows, pages) = (batch.rows(), batch.pages_per_sequence);
+        let rotary_dim = ropes.iter().map(Rope::rotary_dim).max().unwrap_or(0);
+        let limits = [
+            ("rows", rows, self.rows),
+            ("positions", batch.positions.len(), rows),
+            ("row sequences", batch.row_sequences.len(), rows),
+            ("rows with logits", batch.logit_rows.len(), rows),
+            ("as the last row with logits", end(batch.logit_rows), rows),
+            ("sequences", batch.sequences(), self.sequences),
+            ("pages per sequence", pages, self.pages_per_sequence),
+            (
+                "pages of one sequence in use",
+                end(batch.positions).div_ceil(crate::PAGE_TOKENS),
+                pages,
+            ),
+            ("ropes", ropes.len(), self.ropes),
+            ("rotated dimensions", rotary_dim, self.rotary_dim),
+        ];
+        for (what, found, limit) in limits {
+            if found > limit {
+                return Err(DeviceError::StepTooLarge {
+                    device: device.clone(),
+                    what,
+                    found,
+                    limit,
+                });
+            }
+        }
+        assert!(
+            batch.positions.len() == rows && batch.row_sequences.len() == rows,
+            "every row has a position and a sequence"
+        );
+        assert!(
+            end(batch.row_sequences) <= batch.sequences(),
+            "rows name sequences that have page tables"
+        );
+        Ok(())
+    }
 }

@@ -165,7 +165,7 @@ impl CpuWorkspace {
         batch: &StepBatch<'_>,
         ropes: &[Rope],
     ) -> Result<(), DeviceError> {
-        self.check(device, batch, ropes)?;
+        self.shape.check(device, batch, ropes)?;
         let rows = batch.rows();
         self.rows = rows;
         self.sequences = batch.sequences();
@@ -199,56 +199,6 @@ impl CpuWorkspace {
                 }
             }
         }
-        Ok(())
-    }
-
-    /// Refuses a step that exceeds the shape or names sequences or pages that it does not have.
-    fn check(
-        &self,
-        device: &DeviceId,
-        batch: &StepBatch<'_>,
-        ropes: &[Rope],
-    ) -> Result<(), DeviceError> {
-        let shape = &self.shape;
-        let rotary_dim = ropes.iter().map(Rope::rotary_dim).max().unwrap_or(0);
-        let last = batch
-            .positions
-            .iter()
-            .max()
-            .map_or(0, |&last| last as usize);
-        let sequence = batch.row_sequences.iter().max().copied().unwrap_or(0) as usize;
-        let limits = [
-            ("rows", batch.rows(), shape.rows),
-            ("positions", batch.positions.len(), batch.rows()),
-            ("row sequences", batch.row_sequences.len(), batch.rows()),
-            ("sequences", batch.sequences(), shape.sequences),
-            (
-                "pages per sequence",
-                batch.pages_per_sequence,
-                shape.pages_per_sequence,
-            ),
-            ("ropes", ropes.len(), shape.ropes),
-            ("rotated dimensions", rotary_dim, shape.rotary_dim),
-        ];
-        for (what, found, limit) in limits {
-            if found > limit {
-                return Err(DeviceError::StepTooLarge {
-                    device: device.clone(),
-                    what,
-                    found,
-                    limit,
-                });
-            }
-        }
-        assert!(
-            batch.positions.len() == batch.rows() && batch.row_sequences.len() == batch.rows(),
-            "every row has a position and a sequence"
-        );
-        assert!(
-            batch.rows() == 0
-                || (sequence < batch.sequences() && last < batch.pages_per_sequence * PAGE_TOKENS),
-            "rows name sequences and positions that have page table entries"
-        );
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 
 use cudarc::driver::sys;
 use oxllama_backend::{
-    DeviceError, PAGE_TOKENS, Rope, RopeStyle, SequenceKey, StepBatch, StepOps, WorkspaceShape,
+    DeviceError, Rope, RopeStyle, SequenceKey, StepBatch, StepOps, WorkspaceShape,
 };
 use oxllama_memory::{Bytes, Reservation};
 
@@ -264,7 +264,11 @@ impl StepOps for CudaDevice {
         workspace: &mut CudaWorkspace,
     ) -> Result<(), DeviceError> {
         let inputs = &mut workspace.inputs;
-        self.check_step(batch, ropes, &inputs.shape)?;
+        let shape = WorkspaceShape {
+            ropes: inputs.shape.ropes.min(MOST_ROPES),
+            ..inputs.shape
+        };
+        shape.check(self.context().id(), batch, ropes)?;
         self.know_ropes(ropes, inputs)?;
         inputs.rows = batch.rows();
         inputs.is_decode = is_decode(batch);
@@ -299,7 +303,7 @@ impl StepOps for CudaDevice {
             angle_pairs: (inputs.shape.rotary_dim / 2) as i32,
         };
         let blocks = batch.rows().max(batch.sequences());
-        // SAFETY: the structure is the kernel's; `check_step` has held the step to the extents
+        // SAFETY: the structure is the kernel's; `WorkspaceShape::check` has held the step to the extents
         // that the workspace was made for.
         unsafe { self.launch(self.kernels().begin_step, Launch::linear(blocks, 64), &args) }
     }
@@ -333,47 +337,6 @@ impl StepOps for CudaDevice {
 }
 
 impl CudaDevice {
-    /// Refuses what exceeds the workspace's shape.
-    fn check_step(
-        &self,
-        batch: &StepBatch<'_>,
-        ropes: &[Rope],
-        shape: &WorkspaceShape,
-    ) -> Result<(), DeviceError> {
-        let pages = batch.pages_per_sequence;
-        let last_position = batch.positions.iter().copied().max().unwrap_or(0) as usize;
-        let last_logit_row = batch
-            .logit_rows
-            .iter()
-            .max()
-            .map_or(0, |&row| row as usize + 1);
-        let rotary_dim = ropes.iter().map(Rope::rotary_dim).max().unwrap_or(0);
-        for (what, found, limit) in [
-            ("rows", batch.rows(), shape.rows),
-            ("rows with logits", batch.logit_rows.len(), batch.rows()),
-            ("as the last row with logits", last_logit_row, batch.rows()),
-            ("sequences", batch.sequences(), shape.sequences),
-            ("pages per sequence", pages, shape.pages_per_sequence),
-            (
-                "pages of one sequence in use",
-                last_position / PAGE_TOKENS + 1,
-                pages,
-            ),
-            ("ropes", ropes.len(), shape.ropes.min(MOST_ROPES)),
-            ("rotated dimensions", rotary_dim, shape.rotary_dim),
-        ] {
-            if found > limit {
-                return Err(DeviceError::StepTooLarge {
-                    device: self.context().id().clone(),
-                    what,
-                    found,
-                    limit,
-                });
-            }
-        }
-        Ok(())
-    }
-
     /// Puts the frequencies of `ropes` on the device where they are not there yet: on a
     /// model's first step.
     fn know_ropes(&self, ropes: &[Rope], inputs: &mut StepInputs) -> Result<(), DeviceError> {
@@ -387,7 +350,7 @@ impl CudaDevice {
             if !frequencies.is_empty() {
                 self.context().bind()?;
                 // SAFETY: the workspace has room for the frequencies of every rope that
-                // `check_step` lets pass; the wait below keeps the source alive.
+                // `WorkspaceShape::check` lets pass; the wait below keeps the source alive.
                 let code = unsafe {
                     sys::cuMemcpyHtoDAsync_v2(
                         inputs.frequencies(index),

@@ -115,24 +115,6 @@ fn words(elements: usize) -> Bytes {
     Bytes::from_usize(elements * size_of::<u32>())
 }
 
-/// Refuses what exceeds the workspace's shape.
-fn check_limit(
-    device: &DeviceId,
-    what: &'static str,
-    found: usize,
-    limit: usize,
-) -> Result<(), DeviceError> {
-    if found <= limit {
-        return Ok(());
-    }
-    Err(DeviceError::StepTooLarge {
-        device: device.clone(),
-        what,
-        found,
-        limit,
-    })
-}
-
 impl StepOps for ReferenceDevice {
     type Workspace = ReferenceWorkspace;
 
@@ -170,22 +152,7 @@ impl StepOps for ReferenceDevice {
         let shape = inputs.shape;
         let rows = batch.rows();
         let pages = batch.pages_per_sequence;
-        let last_position = batch.positions.iter().copied().max().unwrap_or(0) as usize;
-        let rotary_dim = ropes.iter().map(Rope::rotary_dim).max().unwrap_or(0);
-        for (what, found, limit) in [
-            ("rows", rows, shape.rows),
-            ("sequences", batch.sequences(), shape.sequences),
-            ("pages per sequence", pages, shape.pages_per_sequence),
-            (
-                "pages of one sequence in use",
-                last_position / PAGE_TOKENS + 1,
-                pages,
-            ),
-            ("ropes", ropes.len(), shape.ropes),
-            ("rotated dimensions", rotary_dim, shape.rotary_dim),
-        ] {
-            check_limit(&self.id, what, found, limit)?;
-        }
+        shape.check(&self.id, batch, ropes)?;
 
         inputs.rows = rows;
         let arrays = inputs.arrays.as_mut_slice::<u32>();
