@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use oxllama_backend::Device;
 use oxllama_backend::reference::ReferenceDevice;
 use oxllama_cpu::{CpuDevice, SpinPool};
-use oxllama_cuda::CudaDevice;
+use oxllama_cuda::{CudaDevice, CudaUnavailable, GpuInfo};
 use oxllama_format::{HostMemory, ModelSource};
 use oxllama_memory::{
     Bytes, CacheFormat, DeviceId, DeviceInfo, GpuSplit, Inventory, Ledger, Policy,
@@ -55,7 +55,7 @@ impl Host {
     pub(crate) fn new(placement: &PlacementArgs) -> Result<Self> {
         let gpus = match placement.device {
             DeviceKind::Cpu | DeviceKind::Reference => None,
-            DeviceKind::Cuda => Some(open_gpus()?),
+            DeviceKind::Cuda => Some(open_gpus(oxllama_cuda::gpus())?),
             // Virtual devices are made of the CPU.
             DeviceKind::Auto if placement.virtual_devices.is_some() => None,
             DeviceKind::Auto => gpus_if_any(),
@@ -95,9 +95,10 @@ impl Devices {
 /// and its own queues after a device has been opened.
 const DRIVER_RESERVE: Bytes = Bytes::from_mib(256);
 
-/// Every GPU that kernels are written for.
-fn open_gpus() -> Result<(Inventory, Vec<CudaDevice>)> {
-    let gpus = oxllama_cuda::gpus().context("cannot use a GPU (--device cpu does without)")?;
+/// Every GPU of those that were found that kernels are written for.
+fn open_gpus(found: Result<Vec<GpuInfo>, CudaUnavailable>) -> Result<(Inventory, Vec<CudaDevice>)> {
+    const WITHOUT: &str = "cannot use a GPU (--device cpu does without)";
+    let gpus = found.context(WITHOUT)?;
     let mut devices = Vec::new();
     let mut infos = Vec::new();
     let mut refused = None;
@@ -113,20 +114,18 @@ fn open_gpus() -> Result<(Inventory, Vec<CudaDevice>)> {
         }
     }
     match refused {
-        Some(error) if devices.is_empty() => {
-            Err(error).context("cannot use a GPU (--device cpu does without)")
-        }
+        Some(error) if devices.is_empty() => Err(error).context(WITHOUT),
         _ => Ok((Inventory::new(infos)?, devices)),
     }
 }
 
 /// As [`open_gpus`] where there is a GPU at all; why one that is there is not used is told.
 fn gpus_if_any() -> Option<(Inventory, Vec<CudaDevice>)> {
-    use oxllama_cuda::CudaUnavailable::{NoDevice, NoDriver};
-    if let Err(NoDriver | NoDevice { .. }) = oxllama_cuda::gpus() {
+    let found = oxllama_cuda::gpus();
+    if let Err(CudaUnavailable::NoDriver | CudaUnavailable::NoDevice { .. }) = found {
         return None;
     }
-    match open_gpus() {
+    match open_gpus(found) {
         Ok(opened) => Some(opened),
         Err(error) => {
             output::note(format_args!("running on the CPU: {error:#}"));
