@@ -173,7 +173,7 @@ const SPLIT_SHARED_BYTES: usize = 2_688;
 /// Blocks of the splitting kernel that a multiprocessor is to hold.
 const SPLIT_BLOCKS: usize = 3;
 
-/// `BLOCK_BYTES` of `attention_walk.cu`.
+/// `BLOCK_BYTES` of `walk.cuh`.
 const WALK_BLOCK_BYTES: usize = 128;
 
 /// Bytes of a tile of fp16 in shared memory.

@@ -15,7 +15,7 @@ const MOST_PIECES: usize = 64;
 pub(super) const SPLIT_HEADS: usize = 16;
 
 /// Query heads of rows that a block of the walking kernel takes, at most; `Walk::HEADS` in
-/// `attention_walk.cu`.
+/// `walk.cuh`.
 pub(super) const BLOCK_HEADS: usize = 128;
 
 /// Query heads of rows that a block of the walking kernel takes where heads have up to
