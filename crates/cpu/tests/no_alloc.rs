@@ -1,9 +1,6 @@
 //! No operation of a step allocates, on any thread: a program of its own, as the allocator that
 //! counts is the whole process's.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use oxllama_backend::{
     Activation, AttentionArgs, AttentionOps, CacheShape, DeviceMemory, ElementwiseOps, GatedLinear,
     HeadNorm, HostBuffer, KvLayer, LinearOps, LinearOutput, LogitArgs, Norm, NormKind, NormLinears,
@@ -12,36 +9,14 @@ use oxllama_backend::{
 use oxllama_cpu::{CpuDevice, CpuLinear, CpuOptions, CpuWorkspace};
 use oxllama_format::{GptqConfig, LinearSource};
 use oxllama_memory::{Bytes, CacheFormat, DeviceId, Ledger, Purpose, Reservation};
+use oxllama_test_support::{CountingAllocator, allocations_so_far};
 
 mod support;
 
 use support::{Random, Tensors, exl2, half};
 
-/// The system's allocator, counting.
-struct Counting;
-
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's contract is the system allocator's.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
-
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: CountingAllocator = CountingAllocator;
 
 const HIDDEN: usize = 96;
 const INTERMEDIATE: usize = 160;
@@ -147,7 +122,7 @@ fn a_step_allocates_nothing() {
             };
             // Once to warm up, once to count.
             let mut step = || {
-                let before = ALLOCATIONS.load(Ordering::Relaxed);
+                let before = allocations_so_far();
                 let begun = setup.device.begin_step(&batch, &ropes, &mut workspace);
                 begun.expect("the step fits");
                 run(
@@ -157,7 +132,7 @@ fn a_step_allocates_nothing() {
                     &mut workspace,
                     rows,
                 );
-                ALLOCATIONS.load(Ordering::Relaxed) - before
+                allocations_so_far() - before
             };
             step();
             assert_eq!(step(), 0, "{rows} rows on {threads} threads");

@@ -1,36 +1,11 @@
 //! Drawing a token allocates nothing once buffers have grown: a program of its own, as the
 //! allocator that counts is the whole process's.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
-
 use oxllama_engine::{Sampler, SamplerVocabulary, SamplingSettings, TokenMask};
-
-/// The system's allocator, counting.
-struct Counting;
-
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's contract is the system allocator's.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: as above.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: as above.
-        unsafe { System.realloc(pointer, layout, size) }
-    }
-}
+use oxllama_test_support::{CountingAllocator, allocations_so_far};
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: CountingAllocator = CountingAllocator;
 
 const VOCAB_SIZE: usize = 5000;
 
@@ -83,9 +58,9 @@ fn sampling_allocates_nothing_once_warm() {
                 }
             };
             draw_all();
-            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            let before = allocations_so_far();
             draw_all();
-            let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
+            let allocations = allocations_so_far() - before;
             assert_eq!(allocations, 0, "{settings:?}");
         }
     }

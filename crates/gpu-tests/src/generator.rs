@@ -11,6 +11,7 @@ use oxllama_engine::{
 use oxllama_format::ModelSource;
 use oxllama_memory::{CacheFormat, Inventory, Ledger};
 use oxllama_model::{Decoder, LoadOptions, ModelRequest, ModelSpec, Runner, plan_model};
+use oxllama_test_support::tokenizer_json;
 use oxllama_text::Tokenizer;
 use serde_json::json;
 
@@ -74,40 +75,13 @@ fn engine<D: Device + Clone>(
     let options = LoadOptions::new(ledger);
     let devices = vec![device.clone()];
     let runner: Box<dyn Runner> = Box::new(Decoder::load(&source, spec, devices, &plan, &options)?);
+    let tokenizer = tokenizer_json(runner.spec().vocab_size);
     let parts = EngineParts {
-        tokenizer: tokenizer(runner.spec().vocab_size)?,
+        tokenizer: Tokenizer::new(tokenizer.as_bytes(), None, &json!({}), None)?,
         runner,
         draft: None,
     };
     Ok(Engine::start(parts, EngineSettings::default())?)
-}
-
-/// Token `i` is the printable character `'!' + i`; past those, words that never matter.
-fn tokenizer(vocab_size: usize) -> Result<Tokenizer> {
-    let token = |id: usize| match id {
-        0..94 => char::from(b'!' + id as u8).to_string(),
-        _ => format!("~{id}"),
-    };
-    let vocab: serde_json::Map<_, _> = (0..vocab_size).map(|id| (token(id), json!(id))).collect();
-    let byte_level = json!({
-        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false
-    });
-    let file = json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
-        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-            "vocab": vocab, "merges": []
-        }
-    });
-    Ok(Tokenizer::new(
-        &serde_json::to_vec(&file)?,
-        None,
-        &json!({}),
-        None,
-    )?)
 }
 
 /// Numbers without a pattern (the finaliser of MurmurHash3 over a counter).

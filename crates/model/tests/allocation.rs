@@ -1,8 +1,6 @@
 //! A step allocates nothing. Alone in its binary: it counts every allocation of the process.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use oxllama_backend::Device;
 use oxllama_backend::reference::ReferenceDevice;
@@ -13,34 +11,10 @@ use oxllama_model::{
     Decoder, LoadOptions, ModelRequest, ModelSpec, NO_ADAPTER, PageCopy, Runner, StepPlan,
     plan_model,
 };
-
-/// The system's allocator with a counter.
-struct Counting;
-
-static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller keeps `alloc`'s contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        // SAFETY: the caller keeps `dealloc`'s contract.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller keeps `realloc`'s contract.
-        unsafe { System.realloc(pointer, layout, new_size) }
-    }
-}
+use oxllama_test_support::{CountingAllocator, allocations_so_far};
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: CountingAllocator = CountingAllocator;
 
 /// A prompt of 20 tokens for each of two sequences, or one more token for each.
 fn step(is_prompt: bool) -> StepPlan {
@@ -99,11 +73,11 @@ fn allocations<D: Device>(
     for step in [&prompt, &decode] {
         model.run(step).expect("a step");
     }
-    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    let before = allocations_so_far();
     for step in [&prompt, &decode] {
         model.run(step).expect("a step");
     }
-    ALLOCATIONS.load(Ordering::Relaxed) - before
+    allocations_so_far() - before
 }
 
 #[test]

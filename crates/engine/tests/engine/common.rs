@@ -9,6 +9,7 @@ use oxllama_engine::{
 use oxllama_format::ModelSource;
 use oxllama_memory::{Bytes, CacheFormat, DeviceId, DeviceInfo, Inventory, Ledger};
 use oxllama_model::{Decoder, LoadOptions, ModelRequest, ModelSpec, Runner, plan_model};
+use oxllama_test_support::tokenizer_json;
 use oxllama_text::Tokenizer;
 use serde_json::json;
 
@@ -82,28 +83,10 @@ pub(crate) fn load(model: &str, shape: Shape) -> (Box<dyn Runner>, Ledger) {
     (Box::new(decoder), ledger)
 }
 
-/// Token `i` is the printable character `'!' + i`; past those, words that never matter.
+/// A tokenizer of one printable character a token.
 pub(crate) fn tokenizer(vocab_size: usize) -> Tokenizer {
-    let token = |id: usize| match id {
-        0..94 => char::from(b'!' + id as u8).to_string(),
-        _ => format!("~{id}"),
-    };
-    let vocab: serde_json::Map<_, _> = (0..vocab_size).map(|id| (token(id), json!(id))).collect();
-    let byte_level = json!({
-        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false
-    });
-    let file = json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
-        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": null,
-        "decoder": byte_level,
-        "model": {
-            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-            "vocab": vocab, "merges": []
-        }
-    });
-    let bytes = serde_json::to_vec(&file).unwrap();
-    Tokenizer::new(&bytes, None, &json!({}), None).unwrap()
+    let file = tokenizer_json(vocab_size);
+    Tokenizer::new(file.as_bytes(), None, &json!({}), None).unwrap()
 }
 
 /// Tests measure nothing.
