@@ -1,7 +1,7 @@
 //! What goes wrong with one job, or with the device, and who feels it.
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
@@ -100,14 +100,18 @@ fn a_full_queue_refuses_and_priorities_and_positions_hold() {
         context_tokens: 1024,
         ..Shape::default()
     };
-    let engine = engine_with(load("llama2", shape).0, None, one);
+    let gate = Arc::new(Mutex::new(()));
+    let engine = engine_with(Faulty::boxed(shape, &gate), None, one);
+    // The first job cannot end before the queue has been filled.
+    let shut = gate.lock().unwrap();
     let mut running = engine.submit(greedy(&PROMPT, 900)).unwrap();
     while !matches!(running.next().unwrap(), Event::Started { .. }) {}
     let mut low = engine.submit(greedy(&PROMPT, 3)).unwrap();
-    assert!(matches!(low.next().unwrap(), Event::Queued { position: 0 }));
     let low_again = engine.submit(greedy(&PROMPT, 3)).unwrap();
     let error = engine.submit(greedy(&PROMPT, 3)).unwrap_err();
     assert!(matches!(error, EngineError::QueueFull { limit: 2 }));
+    drop(shut);
+    assert!(matches!(low.next().unwrap(), Event::Queued { position: 0 }));
     drop(running);
     assert_eq!(low.wait().finish_reason, FinishReason::Length);
     assert_eq!(low_again.wait().finish_reason, FinishReason::Length);
@@ -156,15 +160,28 @@ fn a_passed_deadline_ends_a_job_with_what_it_has() {
 
 #[test]
 fn shutting_down_tells_every_job() {
-    let engine = engine(Shape {
-        context_tokens: 4096,
+    let shape = Shape {
         batch: 1,
         ..Shape::default()
-    });
-    let streams: Vec<_> = (0..4)
-        .map(|_| engine.submit(greedy(&PROMPT, 4000)).unwrap())
+    };
+    let gate = Arc::new(Mutex::new(()));
+    let engine = engine_with(Faulty::boxed(shape, &gate), None, settings());
+    // No job can end before the engine has been told to.
+    let shut = gate.lock().unwrap();
+    let mut streams: Vec<_> = (0..4)
+        .map(|_| engine.submit(greedy(&PROMPT, 40)).unwrap())
         .collect();
-    engine.shutdown();
+    std::thread::scope(|scope| {
+        scope.spawn(|| engine.shutdown());
+        loop {
+            match engine.submit(greedy(&PROMPT, 40)) {
+                Ok(stream) => streams.push(stream),
+                Err(EngineError::QueueFull { .. }) => {}
+                Err(error) => break assert!(matches!(error, EngineError::Closed)),
+            }
+        }
+        drop(shut);
+    });
     for stream in streams {
         assert_eq!(stream.wait().finish_reason, FinishReason::Cancelled);
     }
@@ -222,10 +239,22 @@ fn streams_are_async_without_a_runtime() {
     assert_eq!(tokens, 8);
 }
 
-/// A model that breaks in steps with a certain token: it fails, computes NaN, or panics.
+/// A model whose steps wait while its gate is held, and that breaks in steps with a certain token:
+/// it fails, computes NaN, or panics.
 struct Faulty {
     runner: Box<dyn Runner>,
+    gate: Arc<Mutex<()>>,
     logits: Vec<f32>,
+}
+
+impl Faulty {
+    fn boxed(shape: Shape, gate: &Arc<Mutex<()>>) -> Box<dyn Runner> {
+        Box::new(Self {
+            runner: load("llama2", shape).0,
+            gate: Arc::clone(gate),
+            logits: Vec::new(),
+        })
+    }
 }
 
 const FAILS: u32 = 60;
@@ -242,6 +271,7 @@ impl Runner for Faulty {
     }
 
     fn run(&mut self, step: &StepPlan) -> Result<&[f32], ModelError> {
+        drop(self.gate.lock());
         assert!(
             !step.token_ids.contains(&PANICS),
             "the fault that this test is about"
@@ -286,9 +316,8 @@ impl Runner for Faulty {
 
 #[test]
 fn a_fault_ends_the_jobs_of_its_step_and_the_engine_goes_on() {
-    let runner = load("llama2", Shape::default()).0;
-    let logits = Vec::new();
-    let engine = engine_with(Box::new(Faulty { runner, logits }), None, settings());
+    let gate = Arc::default();
+    let engine = engine_with(Faulty::boxed(Shape::default(), &gate), None, settings());
     // Only what is drawn from matters: the tiny model must not draw the tokens of faults.
     let bias = [FAILS, COMPUTES_NAN, PANICS].map(|id| (id, -100.0));
     let job = |ids: &[u32], count: usize| {
