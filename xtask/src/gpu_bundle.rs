@@ -27,6 +27,15 @@ const PROGRAMS: [(&str, &str); 2] = [
 /// and norm.
 const MODELS: [&str; 4] = ["llama", "qwen3", "gemma3", "phi3"];
 
+/// A model on real weights, a text, and the model's golden outputs, in the folder of larger test
+/// data (see ARCHITECTURE.md).
+const REAL_MODEL: &str = "models/smollm2-135m-exl2-4.0bpw";
+const TEXT: &str = "data/wiki-eval.txt";
+const GOLDEN: &str = "golden/smollm2-135m.json";
+
+/// Most of the text that goes along: some 3,000 tokens.
+const TEXT_BYTES: usize = 12 << 10;
+
 /// Makes the bundle in `out` with images for the targets of `list`.
 pub(crate) fn gpu_bundle(list: &str, out: Option<PathBuf>) -> Result<()> {
     // Refuses a wrong list before anything is built.
@@ -35,8 +44,8 @@ pub(crate) fn gpu_bundle(list: &str, out: Option<PathBuf>) -> Result<()> {
     let toolkit = Toolkit::find_or_install()?;
     let mut build = cargo_command(["build", "--release"]);
     build
-        .args(["--package", "oxllama", "--bin", "oxllama"])
-        .args(["--package", "oxllama-gpu-tests"])
+        .args(["--package", "oxllama", "--package", "oxllama-gpu-tests"])
+        .arg("--bins")
         .env(NVCC_VARIABLE, toolkit.nvcc.path())
         .env(ARCHITECTURES_VARIABLE, list);
     run(&mut build)?;
@@ -61,6 +70,7 @@ pub(crate) fn gpu_bundle(list: &str, out: Option<PathBuf>) -> Result<()> {
     }
     let families = root().join("tests/fixtures/models");
     copy_folder(&families, &fixtures.join("models"), &mut files)?;
+    add_real_weights(&fixtures, &mut files)?;
     let names: Vec<_> = targets.iter().map(ToString::to_string).collect();
     let version = format!(
         "oxllama {}, kernels for {}, {}\n",
@@ -83,6 +93,60 @@ pub(crate) fn gpu_bundle(list: &str, out: Option<PathBuf>) -> Result<()> {
     make_executable(&out.join("run.sh"))?;
     check_size(&files)?;
     print(&format!("{}: {}", out.display(), version.trim_end()));
+    Ok(())
+}
+
+/// Adds what is there of real weights: a cut of a model with the CPU's logits, the text for a whole
+/// model, and the golden outputs of that model; says so where there is nothing.
+fn add_real_weights(fixtures: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    let shared =
+        std::env::var_os("OXLLAMA_SHARED").map_or_else(|| root().join("../shared"), PathBuf::from);
+    let (model, text) = (shared.join(REAL_MODEL), shared.join(TEXT));
+    let cut = fixtures.join("cut");
+    // One of an earlier run is not this build's.
+    if cut.exists() {
+        fs::remove_dir_all(&cut).with_context(|| format!("cannot remove {}", cut.display()))?;
+    }
+    if !model.is_dir() || !text.is_file() {
+        print(&format!(
+            "no real weights in the bundle: OXLLAMA_SHARED names no folder with {REAL_MODEL} and \
+             {TEXT}"
+        ));
+        return Ok(());
+    }
+    run(Command::new(fixtures.with_file_name("oxllama-gpu-tests"))
+        .arg("cut")
+        .args([&model, &text])
+        .arg(&cut))?;
+    list_files(&cut, files)?;
+    let whole = fs::read_to_string(&text)?;
+    let excerpt = fixtures.join("text.txt");
+    fs::write(&excerpt, beginning(&whole, TEXT_BYTES))?;
+    files.push(excerpt);
+    let golden = shared.join(GOLDEN);
+    if golden.is_file() {
+        copy(&golden, &fixtures.join("golden.json"))?;
+        files.push(fixtures.join("golden.json"));
+    }
+    Ok(())
+}
+
+/// The first lines of `text` that are no more than `bytes` together.
+fn beginning(text: &str, bytes: usize) -> &str {
+    let mut end = 0;
+    for line in text.split_inclusive('\n') {
+        if end + line.len() > bytes {
+            break;
+        }
+        end += line.len();
+    }
+    &text[..end]
+}
+
+fn list_files(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        files.push(entry?.path());
+    }
     Ok(())
 }
 
@@ -141,14 +205,18 @@ fn revision() -> Result<String> {
     })
 }
 
-/// Prints each file's size, and fails where they are too large together.
+/// Prints the size of the larger files and of all, and fails where they are too large together.
 fn check_size(files: &[PathBuf]) -> Result<()> {
+    const LARGE_BYTES: u64 = 1 << 20;
     let mut bytes = 0;
     for file in files {
         let size = fs::metadata(file)?.len();
-        print(&format!("{size:>10} {}", file.display()));
+        if size >= LARGE_BYTES {
+            print(&format!("{size:>10} {}", file.display()));
+        }
         bytes += size;
     }
+    print(&format!("{bytes:>10} in {} files", files.len()));
     ensure!(
         bytes <= MOST_BYTES,
         "the bundle takes {bytes} bytes, more than {MOST_BYTES}"
@@ -233,6 +301,15 @@ DYNAMIC SYMBOL TABLE:
             "(GLIBC_3.0) last",
         ];
         assert_eq!(newer_symbols(symbols), expected);
+    }
+
+    #[test]
+    fn a_text_begins_with_whole_lines() {
+        let text = "one\ntwo\nthree";
+        assert_eq!(beginning(text, 8), "one\ntwo\n");
+        assert_eq!(beginning(text, 7), "one\n");
+        assert_eq!(beginning(text, 13), text);
+        assert_eq!(beginning(text, 2), "");
     }
 
     #[test]

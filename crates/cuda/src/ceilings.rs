@@ -21,10 +21,10 @@ const PASSES: usize = 5;
 /// `ReadAllArgs` of `ceilings.cu`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-struct ReadAllArgs {
-    memory: CUdeviceptr,
-    result: CUdeviceptr,
-    pieces: i64,
+pub(crate) struct ReadAllArgs {
+    pub(crate) memory: CUdeviceptr,
+    pub(crate) result: CUdeviceptr,
+    pub(crate) pieces: i64,
 }
 
 /// `FillRandomArgs` of `ceilings.cu`.

@@ -1,6 +1,7 @@
 //! One GPU as a device, and its memory.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cudarc::driver::sys;
 use oxllama_backend::{DeviceError, DeviceMemory};
@@ -53,6 +54,7 @@ struct Shared {
     arrived: Event,
     loaders: LoaderPool,
     blaslt: Option<BlasLt>,
+    records_steps: AtomicBool,
     kernels: Kernels,
     _modules: Modules,
     context: Arc<Context>,
@@ -87,6 +89,7 @@ impl CudaDevice {
                 arrived: event()?,
                 loaders: LoaderPool::default(),
                 blaslt: BlasLt::open(),
+                records_steps: AtomicBool::new(true),
                 kernels: Kernels::find(&modules, gpu)?,
                 _modules: modules,
                 context,
@@ -113,6 +116,17 @@ impl CudaDevice {
     /// The device failed, now or in what was enqueued.
     pub fn synchronize(&self) -> Result<(), DeviceError> {
         self.stream().synchronize()
+    }
+
+    /// Whether decode steps are recorded and replayed from here on, as they are at first. Without,
+    /// every kernel of a step is launched by itself, which gives the same bits more slowly: for
+    /// tools that look at kernels one by one. Returns whether they were before.
+    pub fn record_steps(&self, is_on: bool) -> bool {
+        self.shared.records_steps.swap(is_on, Ordering::Relaxed)
+    }
+
+    pub(crate) fn records_steps(&self) -> bool {
+        self.shared.records_steps.load(Ordering::Relaxed)
     }
 
     pub(crate) fn context(&self) -> &Arc<Context> {

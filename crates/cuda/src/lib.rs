@@ -15,6 +15,7 @@ mod context;
 mod device;
 mod elementwise;
 mod error;
+mod fault;
 mod graph;
 mod kernel_cache;
 mod launch;

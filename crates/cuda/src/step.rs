@@ -314,7 +314,8 @@ impl StepOps for CudaDevice {
         workspace: &mut CudaWorkspace,
         enqueue: impl FnOnce(&mut CudaWorkspace) -> Result<(), E>,
     ) -> Result<(), E> {
-        let Some(key) = key.filter(|_| workspace.inputs.is_decode) else {
+        let is_recorded = workspace.inputs.is_decode && self.records_steps();
+        let Some(key) = key.filter(|_| is_recorded) else {
             return enqueue(workspace);
         };
         match workspace.recordings.find(&key) {

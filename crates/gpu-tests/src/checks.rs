@@ -36,22 +36,33 @@ impl<'a> Checks<'a> {
     /// fails.
     pub(crate) fn check(&mut self, name: &str, check: impl FnOnce() -> Result<String>) {
         if self.wants(name) {
+            let start = Instant::now();
             let result = check();
-            self.note(name, result.map_err(|error| format!("{error:#}")));
+            self.note(name, start, result.map_err(|error| format!("{error:#}")));
         }
     }
 
-    /// Takes note of a check that has been made.
-    pub(crate) fn note(&mut self, name: &str, result: Result<String, String>) {
+    /// Takes note of a check that was begun at `start`, in the form of a row of run.sh's table.
+    pub(crate) fn note(&mut self, name: &str, start: Instant, result: Result<String, String>) {
+        let seconds = start.elapsed().as_secs_f64();
         match result {
             Ok(measured) => {
                 self.passed += 1;
-                print(&format!("ok      {name}  {measured}"));
+                print(&format!("PASS    {seconds:7.1} s  {name}  {measured}"));
             }
             Err(error) => {
-                print(&format!("FAILED  {name}  {error}"));
+                // One line: the table is made of lines.
+                let error = error.replace('\n', " ");
+                print(&format!("FAIL    {seconds:7.1} s  {name}  {error}"));
                 self.failed.push(name.to_owned());
             }
+        }
+    }
+
+    /// Says why a check that is asked for cannot be made here.
+    pub(crate) fn skip(&self, name: &str, reason: &str) {
+        if self.wants(name) {
+            print(&format!("SKIPPED {:7.1} s  {name}  {reason}", 0.0));
         }
     }
 
@@ -69,7 +80,7 @@ impl<'a> Checks<'a> {
             failed.len()
         ));
         for name in &failed {
-            print(&format!("  FAILED {name}"));
+            print(&format!("  failed: {name}"));
         }
         failed.len()
     }

@@ -16,6 +16,7 @@ use oxllama_text::Tokenizer;
 use serde_json::json;
 
 use crate::checks::Checks;
+use crate::loading::open_files;
 
 /// Jobs of the long run.
 const JOBS: u64 = 20_000;
@@ -33,18 +34,17 @@ pub(crate) fn run(checks: &mut Checks<'_>, folder: &Path) -> Result<()> {
     checks.check("generator: 20,000 random jobs leave nothing behind", || {
         // The driver keeps what it takes for kernels that run for the first time, and for as
         // many recorded steps as there have been at once: the second time it takes no more.
-        let mut free_bytes = Vec::new();
+        let mut left = Vec::new();
         let mut summary = String::new();
         for _ in 0..2 {
             let engine = engine(&path, device, &books, Some(24 * 256))?;
             summary = churn(&engine)?;
             drop(engine);
-            free_bytes.push(device.free_memory()?.get());
+            left.push((device.free_memory()?, open_files()?));
         }
-        let taken = free_bytes[0].abs_diff(free_bytes[1]);
         ensure!(
-            taken == 0,
-            "{free_bytes:?} bytes were free after the first and the second time"
+            left[0] == left[1],
+            "free memory and open files after the first and the second time: {left:?}"
         );
         Ok(summary)
     });

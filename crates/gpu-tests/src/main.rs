@@ -1,60 +1,78 @@
 //! What must hold on a real GPU, as one program that needs only a driver.
 //!
-//! `oxllama-gpu-tests FIXTURES [--model DIR --golden FILE] [FILTER...]` runs the conformance suite
-//! of the backends on the first GPU, the tiny models of `FIXTURES` (tests/fixtures/models)
-//! against the logits that transformers computed and against the CPU backend, and, if it is
-//! given, a real model against its golden outputs. It ends with the number of failures.
+//! `oxllama-gpu-tests FIXTURES [OPTION...] [FILTER...]` runs the conformance suite of the backends
+//! on the first GPU; the tiny models of `FIXTURES` (tests/fixtures/models) against the logits that
+//! transformers computed; the generator over one of them; faults; and real weights where there
+//! are some. With filters, only checks whose names contain one of them. It ends with the number
+//! of failures. Each check prints a line that starts with PASS, FAIL or SKIPPED.
+//!
+//! - `--cut DIR`: what `oxllama-gpu-tests cut` made
+//! - `--model DIR --text FILE`: a whole model, compared with the CPU on the start of the text
+//! - `--golden FILE`: what the model's outputs are besides
+//! - `--unrecorded`: launches every kernel by itself
+//!
+//! Two more commands need no GPU: `oxllama-gpu-tests cut MODEL TEXT DIR` writes a part of a real
+//! model with what the CPU computes of the text, small enough to travel; `oxllama-gpu-tests table
+//! FILE...` prints what `oxllama bench --json` wrote as tables.
 
 mod checks;
 mod conformance;
+mod cut;
+mod faults;
 mod generator;
 mod loading;
 mod models;
 mod real;
+mod table;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use oxllama_cuda::{CudaDevice, CudaUnavailable};
 
 use checks::Checks;
+use cut::CutSize;
+use real::RealModels;
+
+const USAGE: &str = "\
+usage: oxllama-gpu-tests FIXTURES [--cut DIR] [--model DIR --text FILE] [--golden FILE]
+                         [--unrecorded] [FILTER...]
+       oxllama-gpu-tests cut MODEL TEXT DIR
+       oxllama-gpu-tests table FILE...";
 
 /// What is tested, and with what.
+#[derive(Debug, Default)]
 struct Options {
     fixtures: PathBuf,
-    real_model: Option<(PathBuf, PathBuf)>,
+    real: RealModels,
+    is_unrecorded: bool,
+    injects_fault: bool,
     filters: Vec<String>,
 }
 
 impl Options {
-    fn parse() -> Result<Self> {
-        let mut arguments = std::env::args().skip(1);
-        let (mut fixtures, mut model, mut golden) = (None, None, None);
-        let mut filters = Vec::new();
+    fn parse(arguments: &[String]) -> Result<Self> {
+        let mut options = Self::default();
+        let mut arguments = arguments.iter();
+        options.fixtures = arguments.next().context(USAGE)?.into();
         while let Some(argument) = arguments.next() {
-            let mut value = || {
+            let mut path = || {
                 let value = arguments.next();
                 value.map(PathBuf::from).context("a path is missing")
             };
             match argument.as_str() {
-                "--model" => model = Some(value()?),
-                "--golden" => golden = Some(value()?),
-                _ if fixtures.is_none() => fixtures = Some(PathBuf::from(argument)),
-                _ => filters.push(argument),
+                "--cut" => options.real.cut = Some(path()?),
+                "--model" => options.real.model = Some(path()?),
+                "--text" => options.real.text = Some(path()?),
+                "--golden" => options.real.golden = Some(path()?),
+                "--unrecorded" => options.is_unrecorded = true,
+                faults::INJECT_FAULT => options.injects_fault = true,
+                option if option.starts_with("--") => bail!("unknown option {option}\n{USAGE}"),
+                filter => options.filters.push(filter.to_owned()),
             }
         }
-        Ok(Self {
-            fixtures: fixtures.context(
-                "usage: oxllama-gpu-tests FIXTURES [--model DIR --golden FILE] [FILTER...]",
-            )?,
-            real_model: match (model, golden) {
-                (Some(model), Some(golden)) => Some((model, golden)),
-                (None, None) => None,
-                _ => bail!("--model and --golden go together"),
-            },
-            filters,
-        })
+        Ok(options)
     }
 }
 
@@ -72,20 +90,43 @@ fn main() -> ExitCode {
 
 /// Returns how many checks failed.
 fn run() -> Result<usize> {
-    let options = Options::parse()?;
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.split_first() {
+        Some((command, rest)) if command == "cut" => {
+            let [model, text, out] = rest else {
+                bail!(USAGE)
+            };
+            let [model, text, out] = [model, text, out].map(Path::new);
+            cut::make(model, text, out, CutSize::OF_BUNDLE)?;
+            Ok(0)
+        }
+        Some((command, files)) if command == "table" => {
+            checks::print(&table::of_files(files)?);
+            Ok(0)
+        }
+        _ => test(Options::parse(&arguments)?),
+    }
+}
+
+fn test(options: Options) -> Result<usize> {
     let gpus = oxllama_cuda::gpus()?;
     let device = CudaDevice::open(&gpus[0])?;
+    device.record_steps(!options.is_unrecorded);
     let mut checks = Checks::new(&device, options.filters);
+    if options.injects_fault {
+        let books = checks.books()?;
+        checks::print(&faults::inject(&device, &books, &options.fixtures)?);
+        return Ok(0);
+    }
     checks::print(&format!(
         "on {}, compute capability {}.{}",
         gpus[0].name, gpus[0].capability.0, gpus[0].capability.1
     ));
     conformance::run(&mut checks)?;
     models::run(&mut checks, &options.fixtures)?;
+    real::run(&mut checks, &options.real)?;
     generator::run(&mut checks, &options.fixtures)?;
     loading::run(&mut checks, &options.fixtures)?;
-    if let Some((model, golden)) = &options.real_model {
-        real::run(&mut checks, model, golden)?;
-    }
+    faults::run(&mut checks, &options.fixtures)?;
     Ok(checks.finish())
 }

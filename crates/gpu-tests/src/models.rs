@@ -10,7 +10,7 @@ use oxllama_memory::{Bytes, CacheFormat, DeviceInfo, GpuSplit, Inventory, Ledger
 use oxllama_model::{Decoder, LoadOptions, ModelRequest, ModelSpec, Runner, StepPlan, plan_model};
 use serde_json::Value;
 
-use crate::checks::{Checks, print};
+use crate::checks::Checks;
 
 /// Largest difference of a logit from transformers' in f32; logits spread over about 2, and
 /// activations are rounded to fp16 in front of every linear.
@@ -119,14 +119,43 @@ pub(crate) fn run(checks: &mut Checks<'_>, folder: &Path) -> Result<()> {
             split_over_two(&path, &devices)
         });
     } else {
-        print("SKIPPED layers on two GPUs: there is one");
+        checks.skip("layers on two GPUs give the same bits", "there is one GPU");
     }
     let (device, books) = (checks.device, checks.books()?);
     checks.check(
         "decode is the same run to run and alone or among 31 others",
         || decode_alone_and_among_others(&path, device, &books),
     );
+    checks.check("recorded steps give the bits of launched ones", || {
+        recorded_and_launched(&path, device, &books)
+    });
     Ok(())
+}
+
+/// Decodes a sequence with every kernel launched by itself, then with steps that are recorded and
+/// replayed. Leaves the device as it was.
+fn recorded_and_launched(
+    path: &Path,
+    device: &CudaDevice,
+    books: &(Inventory, Ledger),
+) -> Result<String> {
+    const STEPS: usize = 24;
+    let decode = || -> Result<Vec<f32>> {
+        let mut model = load(path, &request(256, 1), device, books)?;
+        let mut logits = feed(&mut model, &[3, 1, 4, 1, 5], 0, 0)?;
+        for position in 5..5 + STEPS {
+            let token = position as u32 * 7 % 90;
+            logits.extend(feed(&mut model, &[token], position, 0)?);
+        }
+        Ok(logits)
+    };
+    let was_recorded = device.record_steps(false);
+    let launched = decode();
+    device.record_steps(true);
+    let recorded = decode();
+    device.record_steps(was_recorded);
+    ensure!(launched? == recorded?, "the numbers differ");
+    Ok(format!("{STEPS} steps"))
 }
 
 /// Runs a model with its layers on two devices and on one: the same bits.

@@ -159,6 +159,8 @@ fn bench_reports_positive_figures() {
             "device",
             "threads",
             "cache",
+            "synthetic",
+            "open_s",
             "load_s",
             "weight_bytes",
             "read_bandwidth_gb_per_s",
@@ -169,6 +171,7 @@ fn bench_reports_positive_figures() {
     );
     for name in [
         "threads",
+        "open_s",
         "load_s",
         "weight_bytes",
         "read_bandwidth_gb_per_s",

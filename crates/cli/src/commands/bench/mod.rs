@@ -55,7 +55,9 @@ struct Cases {
 
 pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
     check(args)?;
+    let start = Instant::now();
     let host = Host::new(&args.placement)?;
+    let open_s = start.elapsed().as_secs_f64();
     let defaults = match &host.devices {
         Devices::Cuda(_) => &ON_GPU,
         Devices::Cpu(_) | Devices::Reference(_) => &ON_CPU,
@@ -77,6 +79,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
         device: best.ceilings.device.clone(),
         threads: best.ceilings.threads,
         cache: plan.memory.cache.to_string(),
+        synthetic: args.synthetic.is_some(),
+        open_s,
         load_s,
         weight_bytes,
         read_bandwidth_gb_per_s: best.ceilings.read_bytes_per_s / 1e9,

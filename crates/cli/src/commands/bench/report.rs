@@ -14,6 +14,11 @@ pub(super) struct Report {
     /// Threads that compute; null where they are not the user's to choose.
     pub(super) threads: Option<usize>,
     pub(super) cache: String,
+    /// Whether the weights were made rather than read from files.
+    pub(super) synthetic: bool,
+    /// Opening the devices: on a GPU, creating the context and loading kernels and libraries.
+    pub(super) open_s: f64,
+    /// Planning the model and bringing it onto the open devices.
     pub(super) load_s: f64,
     /// Weights that a decode step reads.
     pub(super) weight_bytes: Bytes,
@@ -65,8 +70,8 @@ impl Report {
             .threads
             .map_or_else(String::new, |threads| format!(", {threads} threads"));
         output::line(format_args!(
-            "{} on {}{threads}, {} cache, loaded in {:.3} s",
-            self.model, self.device, self.cache, self.load_s
+            "{} on {}{threads}, {} cache; device opened in {:.3} s, model loaded in {:.3} s",
+            self.model, self.device, self.cache, self.open_s, self.load_s
         ))?;
         let arithmetic = self
             .arithmetic_tflops

@@ -1,4 +1,5 @@
 use clap::Parser;
+use oxllama_format::SyntheticShape;
 
 use super::*;
 use crate::args::{Cli, Command};
@@ -93,4 +94,52 @@ fn a_depth_needs_room_for_what_is_measured() {
     let cases = Cases::new(&parse(&["--depth", "130"]), &ON_CPU).unwrap();
     assert_eq!(decodes(&cases), [(1, 8, 128), (1, 1, 128)]);
     assert_eq!(cases.decodes[1].context_tokens(), 130);
+}
+
+/// 256 sequences are more than a recorded step has rows, and more rows than most chunks of a
+/// prompt: planned and run for real, in a model of a few kilobytes.
+#[test]
+fn many_sequences_decode_together_after_a_short_prompt() {
+    const SEQUENCES: usize = 256;
+    let args = parse(&[
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--batch",
+        "256",
+        "--decode",
+        "2",
+        "--prefill",
+        "300",
+        "--depth",
+        "400",
+    ]);
+    let cases = Cases::new(&args, &ON_CPU).unwrap();
+    assert_eq!(decodes(&cases), [(1, 8, 2), (SEQUENCES, 8, 2), (1, 397, 2)]);
+    let (placement, size) = cases.plan_for(&args.placement);
+    assert_eq!((size.batch, size.logit_rows), (256, 256));
+    // A page for each sequence, and for one sequence the longest context.
+    assert_eq!(
+        (placement.context, placement.cache_tokens),
+        (Some(400), Some(256 * 256))
+    );
+    let shape = SyntheticShape {
+        hidden_size: 64,
+        intermediate_size: 64,
+        layers: 1,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 32,
+        vocab_size: 288,
+        ..args.synthetic.clone().unwrap()
+    };
+    let host = Host::new(&placement).unwrap();
+    let opened =
+        session::open_source(ModelSource::synthetic(&shape).unwrap(), Some(&placement)).unwrap();
+    let plan = session::plan(&opened, &host, &placement, size).unwrap();
+    let mut runner = session::load(&opened, &host, &plan).unwrap();
+    for &case in &cases.decodes {
+        assert!(measure::decode(runner.as_mut(), case).unwrap() > 0.0);
+    }
 }
