@@ -204,8 +204,7 @@ measure() {
   shift
   "${limited[@]}" "$oxllama" bench --device cuda --json "$@" >"$report.part" || return 1
   mv "$report.part" "$report"
-  "$tests" table "$report"
-  echo "measured"
+  "$tests" table "$report" && echo "in the table below"
 }
 
 # Gigabytes on disk of a shape at up to 8 bits.
