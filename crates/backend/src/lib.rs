@@ -28,7 +28,7 @@ pub mod reference;
 mod step;
 
 pub use buffer::HostBuffer;
-pub use error::DeviceError;
+pub use error::{DeviceError, MemoryState, ProcessMemory};
 pub use ops::{
     Activation, AttentionArgs, AttentionOps, CacheShape, Device, DeviceMemory, ElementwiseOps,
     GatedLinear, HeadNorm, KvLayer, LinearOps, LinearOutput, LogitArgs, Norm, NormKind,

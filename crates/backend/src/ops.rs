@@ -128,6 +128,7 @@ pub trait StepOps: DeviceMemory {
     /// Enqueues a step's operations by calling `enqueue`, or by replaying what an earlier call
     /// with an equal `key` on this workspace has enqueued: a device that records sequences need
     /// not be told each operation again. `None`: the operations depend on more than a key says.
+    /// `enqueue` may be called twice, where what the first call enqueued cannot be recorded.
     ///
     /// # Errors
     /// Those of `enqueue`, and the device's own.
@@ -135,7 +136,7 @@ pub trait StepOps: DeviceMemory {
         &self,
         _key: Option<SequenceKey>,
         workspace: &mut Self::Workspace,
-        enqueue: impl FnOnce(&mut Self::Workspace) -> Result<(), E>,
+        mut enqueue: impl FnMut(&mut Self::Workspace) -> Result<(), E>,
     ) -> Result<(), E> {
         enqueue(workspace)
     }

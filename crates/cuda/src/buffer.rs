@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUdeviceptr, CUresult};
+use cudarc::driver::sys::{self, CUdeviceptr};
 use oxllama_backend::DeviceError;
 use oxllama_memory::{Bytes, Reservation};
 
 use crate::context::Context;
-use crate::error::words;
 use crate::stream::Stream;
 
 /// A piece of a GPU's memory that holds its ledger entry for as long as it lives.
@@ -34,19 +33,16 @@ impl CudaBuffer {
         }
         context.bind()?;
         let bytes = reservation.bytes();
-        let failed = |reason: String| DeviceError::Allocation {
+        let too_long = |error: std::num::TryFromIntError| DeviceError::Allocation {
             device: context.id().clone(),
             bytes,
-            reason,
+            reason: error.to_string(),
         };
-        let length = usize::try_from(bytes.get()).map_err(|error| failed(error.to_string()))?;
+        let length = usize::try_from(bytes.get()).map_err(too_long)?;
         let mut address = 0;
         if length > 0 {
             // SAFETY: the context is current; the function only writes the address.
             let code = unsafe { sys::cuMemAlloc_v2(&raw mut address, length) };
-            if code == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-                return Err(failed(words(code)));
-            }
             context.check(code, || format!("allocating {bytes}"))?;
         }
         Ok(Self {
@@ -110,10 +106,13 @@ impl CudaBuffer {
 
 impl Drop for CudaBuffer {
     fn drop(&mut self) {
-        if self.address != 0 && self.context.bind().is_ok() {
+        if self.address == 0 {
+            return;
+        }
+        self.context.give_back(|| {
             // SAFETY: allocated in `allocate` and freed once; the driver waits for kernels that
             // are still using it.
-            let _ = unsafe { sys::cuMemFree_v2(self.address) };
-        }
+            unsafe { sys::cuMemFree_v2(self.address) }
+        });
     }
 }

@@ -1,14 +1,15 @@
 //! GPUs, and the driver's context of one of them.
 
 use std::ffi::CStr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
 
 use cudarc::driver::sys::{self, CUcontext, CUdevice, CUdevice_attribute as Attribute, CUresult};
-use oxllama_backend::DeviceError;
+use oxllama_backend::{DeviceError, MemoryState};
 use oxllama_memory::{Bytes, DeviceId};
 
-use crate::error::{CudaUnavailable, is_sticky, words};
+use crate::error::{CudaUnavailable, is_sticky, not_started, words};
 use crate::library;
+use crate::monitor;
 
 /// The oldest driver that loads the images (CUDA 12.0, driver 525).
 const NEEDED_DRIVER: (i32, i32) = (12, 0);
@@ -60,17 +61,14 @@ impl GpuInfo {
 /// them), or as `CUDA_VISIBLE_DEVICES` orders them where that is set.
 ///
 /// # Errors
-/// There is no driver, it is too old, or it shows no device.
+/// There is no driver, it is too old, does not start, or shows no device.
 pub fn gpus() -> Result<Vec<GpuInfo>, CudaUnavailable> {
     if !library::has_driver() {
         return Err(CudaUnavailable::NoDriver);
     }
-    let no_device = |code: CUresult| CudaUnavailable::NoDevice {
-        reason: words(code),
-    };
     let mut version = 0;
     // SAFETY: the library is there; the function only writes the version.
-    done(unsafe { sys::cuDriverGetVersion(&raw mut version) }).map_err(no_device)?;
+    done(unsafe { sys::cuDriverGetVersion(&raw mut version) }).map_err(not_started)?;
     let found = (version / 1000, version % 1000 / 10);
     if found < NEEDED_DRIVER {
         return Err(CudaUnavailable::OldDriver {
@@ -81,14 +79,14 @@ pub fn gpus() -> Result<Vec<GpuInfo>, CudaUnavailable> {
         });
     }
     // SAFETY: may be called any number of times.
-    done(unsafe { sys::cuInit(0) }).map_err(no_device)?;
+    done(unsafe { sys::cuInit(0) }).map_err(not_started)?;
     let mut count = 0;
     // SAFETY: the driver is initialised; the function only writes the count.
-    done(unsafe { sys::cuDeviceGetCount(&raw mut count) }).map_err(no_device)?;
+    done(unsafe { sys::cuDeviceGetCount(&raw mut count) }).map_err(not_started)?;
     let mut gpus = (0..count)
         .map(describe)
         .collect::<Result<Vec<_>, _>>()
-        .map_err(no_device)?;
+        .map_err(not_started)?;
     if gpus.is_empty() {
         return Err(CudaUnavailable::NoDevice {
             reason: "it lists none".to_owned(),
@@ -162,14 +160,22 @@ fn done(code: CUresult) -> Result<(), CUresult> {
     }
 }
 
+/// What broke a context.
+#[derive(Debug)]
+struct Loss {
+    operation: String,
+    reason: String,
+}
+
 /// The primary context of one GPU, kept as long as anything of it is used.
 #[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) info: GpuInfo,
     device: CUdevice,
     handle: CUcontext,
-    /// After an error that the driver does not recover from.
-    is_lost: AtomicBool,
+    /// The first error that the driver does not recover from. From then on the driver is not
+    /// asked for anything any more.
+    loss: OnceLock<Loss>,
 }
 
 // SAFETY: the driver's functions may be called from any thread; a context is made current in the
@@ -199,7 +205,7 @@ impl Context {
             info,
             device,
             handle,
-            is_lost: AtomicBool::new(false),
+            loss: OnceLock::new(),
         })
     }
 
@@ -211,8 +217,25 @@ impl Context {
         self.handle
     }
 
-    /// Makes the context the calling thread's: before anything else is asked of the driver.
+    /// Whether the driver accepts nothing more.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.loss.get().is_some()
+    }
+
+    fn lost(&self, loss: &Loss) -> DeviceError {
+        DeviceError::Lost {
+            device: self.id().clone(),
+            operation: loss.operation.clone(),
+            reason: loss.reason.clone(),
+        }
+    }
+
+    /// Makes the context the calling thread's: before anything else is asked of the driver. Of a
+    /// lost one nothing is asked.
     pub(crate) fn bind(&self) -> Result<(), DeviceError> {
+        if let Some(loss) = self.loss.get() {
+            return Err(self.lost(loss));
+        }
         // SAFETY: the handle is valid as long as `self` lives.
         let code = unsafe { sys::cuCtxSetCurrent(self.handle) };
         self.check(code, || "selecting the device".to_owned())
@@ -227,32 +250,67 @@ impl Context {
         if code == CUresult::CUDA_SUCCESS {
             return Ok(());
         }
-        let was_lost = self.is_lost.load(Ordering::Relaxed);
-        let (device, operation, reason) = (self.id().clone(), operation(), words(code));
-        if was_lost || is_sticky(code) {
-            self.is_lost.store(true, Ordering::Relaxed);
-            return Err(DeviceError::Lost {
+        if is_sticky(code) {
+            let loss = self.loss.get_or_init(|| Loss {
+                operation: operation(),
+                reason: words(code),
+            });
+            return Err(self.lost(loss));
+        }
+        if let Some(loss) = self.loss.get() {
+            return Err(self.lost(loss));
+        }
+        let (device, operation) = (self.id().clone(), operation());
+        if code == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            let (free, answer) = query_free();
+            let state = Box::new(MemoryState {
+                free: (answer == CUresult::CUDA_SUCCESS).then_some(free),
+                processes: monitor::processes(&self.info),
+            });
+            return Err(DeviceError::OutOfMemory {
                 device,
                 operation,
-                reason,
+                state,
             });
         }
         Err(DeviceError::Operation {
             device,
             operation,
-            reason,
+            reason: words(code),
         })
     }
 
-    /// Memory of the GPU that nobody has at this moment, and all of it.
-    pub(crate) fn memory(&self) -> Result<(Bytes, Bytes), DeviceError> {
-        self.bind()?;
-        let (mut free, mut total) = (0, 0);
-        // SAFETY: the context is current; the function only writes two sizes.
-        let code = unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) };
-        self.check(code, || "asking for free memory".to_owned())?;
-        Ok((Bytes::from_usize(free), Bytes::from_usize(total)))
+    /// Lets `destroy` give something of this context back to the driver. What a lost one had, the
+    /// driver takes back by itself when the context, or the process, ends.
+    pub(crate) fn give_back(&self, destroy: impl FnOnce() -> CUresult) {
+        // Even where it could not be selected: another thread may have selected it before.
+        let _ = self.bind();
+        if self.is_lost() {
+            return;
+        }
+        // The answer may be that of a kernel before. What was refused for another reason cannot
+        // be given back in another way.
+        let code = destroy();
+        if is_sticky(code) {
+            let _ = self.check(code, || "a step's kernels or copies".to_owned());
+        }
     }
+
+    /// Memory of the GPU that nobody has at this moment.
+    pub(crate) fn free_memory(&self) -> Result<Bytes, DeviceError> {
+        self.bind()?;
+        let (free, code) = query_free();
+        self.check(code, || "asking for free memory".to_owned())?;
+        Ok(free)
+    }
+}
+
+/// Memory of the current context's GPU that nobody has at this moment, if the code says success.
+fn query_free() -> (Bytes, CUresult) {
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: the function only writes two sizes; without a current context it refuses.
+    let code = unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) };
+    (Bytes::from_usize(free), code)
 }
 
 impl Drop for Context {

@@ -102,12 +102,17 @@ impl CudaDevice {
         &self.shared.context.info
     }
 
+    /// Whether the driver accepts nothing more from this process: every operation fails then.
+    pub fn is_lost(&self) -> bool {
+        self.context().is_lost()
+    }
+
     /// Memory that nobody on the machine has at this moment.
     ///
     /// # Errors
     /// The device failed.
     pub fn free_memory(&self) -> Result<Bytes, DeviceError> {
-        Ok(self.shared.context.memory()?.0)
+        self.shared.context.free_memory()
     }
 
     /// Waits until everything enqueued so far has run.
@@ -260,8 +265,9 @@ impl DeviceMemory for CudaDevice {
             // their steps.
             return unsafe { self.copy(source.address(), destination.address(), bytes) };
         }
-        peer.shared.left.record(peer.stream())?;
-        self.stream().wait(&peer.shared.left)?;
+        let left = &peer.shared.left;
+        left.record(peer.stream())?;
+        self.stream().wait(left)?;
         // SAFETY: as above; both contexts are alive.
         let code = unsafe {
             sys::cuMemcpyPeerAsync(
@@ -273,6 +279,7 @@ impl DeviceMemory for CudaDevice {
                 self.stream().handle(),
             )
         };
+        left.own_failure(code)?;
         self.context().check(code, || {
             format!("copying {bytes} bytes from {}", peer.context().id())
         })?;

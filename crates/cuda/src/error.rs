@@ -28,7 +28,7 @@ pub enum CudaUnavailable {
         /// At least.
         needed_minor: i32,
     },
-    /// The driver is there but sees no GPU, or refuses to start.
+    /// The driver is there but shows no GPU.
     #[error(
         "the NVIDIA driver gives no device ({reason}): check `nvidia-smi` and \
          CUDA_VISIBLE_DEVICES"
@@ -36,6 +36,14 @@ pub enum CudaUnavailable {
     NoDevice {
         /// The driver's words.
         reason: String,
+    },
+    /// The driver's library is there, but it does not start.
+    #[error("the NVIDIA driver does not start ({reason}): {hint}")]
+    DriverFailed {
+        /// The driver's words.
+        reason: String,
+        /// What to do.
+        hint: &'static str,
     },
     /// A GPU that kernels are not written for.
     #[error("{name} has compute capability {major}.{minor}; 8.0 (Ampere, 2020) or newer is needed")]
@@ -81,6 +89,37 @@ pub(crate) fn words(code: CUresult) -> String {
     format!("{} (driver error {})", text.to_string_lossy(), code as u32)
 }
 
+/// Why the driver did not start, or shows no GPU.
+pub(crate) fn not_started(code: CUresult) -> CudaUnavailable {
+    let hint = match code {
+        CUresult::CUDA_ERROR_NO_DEVICE => {
+            return CudaUnavailable::NoDevice {
+                reason: words(code),
+            };
+        }
+        CUresult::CUDA_ERROR_STUB_LIBRARY => {
+            "a toolkit's stub was found in place of the driver's library: take its folder out of \
+             LD_LIBRARY_PATH"
+        }
+        CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH => {
+            "its library and its kernel module are of different versions: restart the machine \
+             after an update, or start the container anew"
+        }
+        CUresult::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => {
+            "a compatibility package is in its place that this GPU does not support: remove it, \
+             or update the driver itself"
+        }
+        CUresult::CUDA_ERROR_SYSTEM_NOT_READY => {
+            "the system's services for GPUs do not run (for example nvidia-fabricmanager)"
+        }
+        _ => "see whether `nvidia-smi` works",
+    };
+    CudaUnavailable::DriverFailed {
+        reason: words(code),
+        hint,
+    }
+}
+
 /// Whether after this code the context accepts nothing more: what a kernel did wrong, or the
 /// hardware.
 pub(crate) fn is_sticky(code: CUresult) -> bool {
@@ -95,6 +134,8 @@ pub(crate) fn is_sticky(code: CUresult) -> bool {
             | CUresult::CUDA_ERROR_INVALID_PC
             | CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR
             | CUresult::CUDA_ERROR_ECC_UNCORRECTABLE
+            | CUresult::CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | CUresult::CUDA_ERROR_EXTERNAL_DEVICE
             | CUresult::CUDA_ERROR_ASSERT
             | CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED
             | CUresult::CUDA_ERROR_UNKNOWN

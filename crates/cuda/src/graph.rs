@@ -16,7 +16,15 @@ const MOST_RECORDINGS: usize = 128;
 /// The recordings of one workspace.
 #[derive(Debug, Default)]
 pub(crate) struct Recordings {
-    by_key: HashMap<SequenceKey, Option<Recording>>,
+    by_key: HashMap<SequenceKey, State>,
+}
+
+/// What has become of a sequence.
+#[derive(Debug)]
+enum State {
+    RunOnce,
+    Recorded(Recording),
+    NoRoom,
 }
 
 /// What there is for a key.
@@ -27,14 +35,17 @@ pub(crate) enum Found<'a> {
     RunOnce,
     /// It has been recorded.
     Recording(&'a Recording),
+    /// There was no room for its recording.
+    NoRoom,
 }
 
 impl Recordings {
     pub(crate) fn find(&self, key: &SequenceKey) -> Found<'_> {
         match self.by_key.get(key) {
             None => Found::Nothing,
-            Some(None) => Found::RunOnce,
-            Some(Some(recording)) => Found::Recording(recording),
+            Some(State::RunOnce) => Found::RunOnce,
+            Some(State::Recorded(recording)) => Found::Recording(recording),
+            Some(State::NoRoom) => Found::NoRoom,
         }
     }
 
@@ -46,15 +57,13 @@ impl Recordings {
         if self.by_key.len() >= MOST_RECORDINGS {
             self.by_key.clear();
         }
-        self.by_key.insert(key, None);
+        self.by_key.insert(key, State::RunOnce);
     }
 
-    pub(crate) fn keep(&mut self, key: SequenceKey, recording: Recording) -> &Recording {
-        self.by_key.entry(key).insert_entry(Some(recording));
-        match self.find(&key) {
-            Found::Recording(recording) => recording,
-            Found::Nothing | Found::RunOnce => unreachable!("it was inserted just now"),
-        }
+    /// Takes the recording of `key`, or note that there is no room for it.
+    pub(crate) fn keep(&mut self, key: SequenceKey, recording: Option<Recording>) {
+        let state = recording.map_or(State::NoRoom, State::Recorded);
+        self.by_key.insert(key, state);
     }
 }
 
@@ -80,6 +89,9 @@ impl<'a> Recorder<'a> {
 
     /// Ends the recording, whatever became of what was to be recorded.
     pub(crate) fn finish(self) -> Result<Recording, DeviceError> {
+        if let Err(error @ DeviceError::Lost { .. }) = self.context.bind() {
+            return Err(error);
+        }
         let mut graph: CUgraph = std::ptr::null_mut();
         // SAFETY: `start` began a recording on this stream.
         let code = unsafe { sys::cuStreamEndCapture(self.stream.handle(), &raw mut graph) };
@@ -88,10 +100,14 @@ impl<'a> Recorder<'a> {
         let mut executable: CUgraphExec = std::ptr::null_mut();
         // SAFETY: the graph was made just now; the function only writes the handle.
         let code = unsafe { sys::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0) };
-        // SAFETY: the executable graph is a copy; a graph is destroyed once.
-        let _ = unsafe { sys::cuGraphDestroy(graph) };
-        self.context
-            .check(code, || "preparing the recording of a step".to_owned())?;
+        let prepared = self
+            .context
+            .check(code, || "preparing the recording of a step".to_owned());
+        self.context.give_back(|| {
+            // SAFETY: the executable graph is a copy; a graph is destroyed once.
+            unsafe { sys::cuGraphDestroy(graph) }
+        });
+        prepared?;
         Ok(Recording {
             context: Arc::clone(self.context),
             executable,
@@ -123,9 +139,9 @@ impl Recording {
 
 impl Drop for Recording {
     fn drop(&mut self) {
-        if self.context.bind().is_ok() {
+        self.context.give_back(|| {
             // SAFETY: made in `finish`; destroyed once. The driver waits for a replay under way.
-            let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
-        }
+            unsafe { sys::cuGraphExecDestroy(self.executable) }
+        });
     }
 }

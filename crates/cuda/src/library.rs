@@ -7,6 +7,7 @@ use std::env;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use cudarc::driver::sys as driver;
 use libloading::Library;
@@ -17,11 +18,32 @@ pub const LIBRARIES_VARIABLE: &str = "OXLLAMA_CUDA_LIBRARIES";
 /// Major versions of CUDA whose libraries are used, the newest first.
 const MAJOR_VERSIONS: [i32; 2] = [13, 12];
 
+/// The file of the driver's library.
+const DRIVER: &str = "libcuda.so.1";
+
 /// Whether the driver's library can be loaded. Asked before any of its functions is called:
 /// the bindings panic without it.
+///
+/// Systems whose loader does not find the driver name its folder in [`LIBRARIES_VARIABLE`]: once
+/// it is loaded, the bindings find it by its name.
 pub(crate) fn has_driver() -> bool {
-    // SAFETY: loads libcuda, whose initialisation touches nothing of ours.
+    static DRIVER_LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
+    DRIVER_LIBRARY.get_or_init(|| {
+        let path = in_named_folders(DRIVER)?;
+        // SAFETY: the user's word for it that this is the driver, whose initialisation touches
+        // nothing of ours.
+        unsafe { Library::new(path) }.ok()
+    });
+    // SAFETY: as above.
     unsafe { driver::is_culib_present() }
+}
+
+/// The file `name` in the first of the folders that the user names which has it.
+pub(crate) fn in_named_folders(name: &str) -> Option<PathBuf> {
+    let named = env::var_os(LIBRARIES_VARIABLE)?;
+    env::split_paths(&named)
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
 }
 
 /// A library that nowhere was.

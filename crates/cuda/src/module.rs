@@ -39,7 +39,7 @@ impl Modules {
             let loaded = image.map(|image| modules.load_code(unit.name, image));
             match loaded {
                 Some(Err(code)) if !does_not_fit(code) => {
-                    return Err(modules.failed(format!("unit {}: {}", unit.name, words(code))));
+                    return Err(modules.refused(code, unit.name));
                 }
                 Some(Err(_)) | None => missing.push(unit),
                 Some(Ok(())) => {}
@@ -65,7 +65,7 @@ impl Modules {
         for (unit, code) in missing.iter().zip(&codes) {
             modules
                 .load_code(unit.name, code)
-                .map_err(|code| modules.failed(format!("unit {}: {}", unit.name, words(code))))?;
+                .map_err(|code| modules.refused(code, unit.name))?;
         }
         Ok(modules)
     }
@@ -99,18 +99,24 @@ impl Modules {
         // SAFETY: the module is loaded; the name ends with a zero.
         let code = unsafe { sys::cuModuleGetFunction(&raw mut function, module, symbol.as_ptr()) };
         if code != CUresult::CUDA_SUCCESS {
-            return Err(missing(words(code)));
+            return Err(self.refused(code, name));
         }
         let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function is the module's.
         let code = unsafe { sys::cuFuncSetAttribute(function, attribute, shared_bytes as i32) };
         if code != CUresult::CUDA_SUCCESS {
-            let reason = words(code);
-            return Err(missing(format!(
-                "{shared_bytes} bytes of shared memory: {reason}"
-            )));
+            let what = format!("giving {name} {shared_bytes} bytes of shared memory");
+            return Err(self.refused(code, &what));
         }
         Ok(Kernel { function, name })
+    }
+
+    /// The driver's answer to loading `what`.
+    fn refused(&self, code: CUresult, what: &str) -> CudaUnavailable {
+        match self.context.check(code, || format!("loading {what}")) {
+            Ok(()) => self.failed(format!("{what} was refused without a reason")),
+            Err(error) => self.failed(error.to_string()),
+        }
     }
 
     fn failed(&self, reason: String) -> CudaUnavailable {
@@ -137,12 +143,12 @@ fn does_not_fit(code: CUresult) -> bool {
 
 impl Drop for Modules {
     fn drop(&mut self) {
-        if self.context.bind().is_err() {
-            return;
-        }
         for &module in self.by_unit.values() {
-            // SAFETY: loaded once; kernels are used only by devices, which hold these modules.
-            let _ = unsafe { sys::cuModuleUnload(module) };
+            self.context.give_back(|| {
+                // SAFETY: loaded once; kernels are used only by devices, which hold these
+                // modules.
+                unsafe { sys::cuModuleUnload(module) }
+            });
         }
     }
 }

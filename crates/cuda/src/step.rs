@@ -312,7 +312,7 @@ impl StepOps for CudaDevice {
         &self,
         key: Option<SequenceKey>,
         workspace: &mut CudaWorkspace,
-        enqueue: impl FnOnce(&mut CudaWorkspace) -> Result<(), E>,
+        mut enqueue: impl FnMut(&mut CudaWorkspace) -> Result<(), E>,
     ) -> Result<(), E> {
         let is_recorded = workspace.inputs.is_decode && self.records_steps();
         let Some(key) = key.filter(|_| is_recorded) else {
@@ -322,17 +322,32 @@ impl StepOps for CudaDevice {
             Found::Recording(recording) => Ok(recording.replay(self.stream())?),
             // A first run loads what the driver loads lazily, which a recording may not.
             Found::Nothing => {
+                enqueue(workspace)?;
                 workspace.recordings.note(key);
-                enqueue(workspace)
+                Ok(())
             }
             Found::RunOnce => {
                 let recorder = Recorder::start(self.context(), self.stream())?;
                 let enqueued = enqueue(workspace);
                 let recording = recorder.finish();
                 enqueued?;
-                let recording = workspace.recordings.keep(key, recording?);
-                Ok(recording.replay(self.stream())?)
+                let started = recording.and_then(|recording| {
+                    recording.replay(self.stream())?;
+                    Ok(recording)
+                });
+                match started {
+                    Ok(recording) => workspace.recordings.keep(key, Some(recording)),
+                    // There is no room for the recording: the step can do without, now and
+                    // from here on.
+                    Err(DeviceError::OutOfMemory { .. }) => {
+                        workspace.recordings.keep(key, None);
+                        enqueue(workspace)?;
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+                Ok(())
             }
+            Found::NoRoom => enqueue(workspace),
         }
     }
 }

@@ -4,10 +4,11 @@ use std::ffi::c_void;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUevent, CUstream};
+use cudarc::driver::sys::{self, CUevent, CUresult, CUstream};
 use oxllama_backend::DeviceError;
 
 use crate::context::Context;
+use crate::error::{is_sticky, words};
 
 /// A stream: what is enqueued runs in order.
 #[derive(Debug)]
@@ -53,6 +54,7 @@ impl Stream {
         self.context.bind()?;
         // SAFETY: both handles are alive.
         let code = unsafe { sys::cuStreamWaitEvent(self.handle, event.handle, 0) };
+        event.own_failure(code)?;
         self.context
             .check(code, || "waiting for another stream".to_owned())
     }
@@ -60,10 +62,10 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if self.context.bind().is_ok() {
+        self.context.give_back(|| {
             // SAFETY: made in `new`; destroyed once. Work that is still enqueued runs to its end.
-            let _ = unsafe { sys::cuStreamDestroy_v2(self.handle) };
-        }
+            unsafe { sys::cuStreamDestroy_v2(self.handle) }
+        });
     }
 }
 
@@ -101,6 +103,23 @@ impl Event {
         self.context.check(code, || "marking a stream".to_owned())
     }
 
+    /// Where the answer to a call that had to do with two devices says that one of them is lost,
+    /// whether it is this event's; the other one must not be taken for lost then.
+    pub(crate) fn own_failure(&self, answer: CUresult) -> Result<(), DeviceError> {
+        if !is_sticky(answer) {
+            return Ok(());
+        }
+        self.context.bind()?;
+        // SAFETY: the handle is alive.
+        let code = unsafe { sys::cuEventQuery(self.handle) };
+        match code {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(()),
+            code => self
+                .context
+                .check(code, || "a step's kernels or copies".to_owned()),
+        }
+    }
+
     /// Waits for the place that was marked last; returns at once if none was.
     pub(crate) fn synchronize(&self) -> Result<(), DeviceError> {
         self.context.bind()?;
@@ -113,10 +132,10 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        if self.context.bind().is_ok() {
+        self.context.give_back(|| {
             // SAFETY: made in `new`; destroyed once.
-            let _ = unsafe { sys::cuEventDestroy_v2(self.handle) };
-        }
+            unsafe { sys::cuEventDestroy_v2(self.handle) }
+        });
     }
 }
 
@@ -141,12 +160,18 @@ impl PinnedBuffer {
         let failed = || format!("locking {bytes} bytes of the host's memory");
         // SAFETY: the context is current; the function only writes the pointer.
         let code = unsafe { sys::cuMemHostAlloc(&raw mut memory, bytes.max(1), 0) };
-        context.check(code, failed)?;
-        let memory = NonNull::new(memory).ok_or_else(|| DeviceError::Operation {
+        let refused = |reason: String| DeviceError::Operation {
             device: context.id().clone(),
             operation: failed(),
-            reason: "the driver gave no address".to_owned(),
-        })?;
+            reason,
+        };
+        if code == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
+            // The host's, not the device's.
+            return Err(refused(words(code)));
+        }
+        context.check(code, failed)?;
+        let memory =
+            NonNull::new(memory).ok_or_else(|| refused("the driver gave no address".to_owned()))?;
         // SAFETY: the driver gave as many bytes.
         unsafe { memory.cast::<u8>().write_bytes(0, bytes) };
         Ok(Self {
@@ -174,9 +199,9 @@ impl PinnedBuffer {
 
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
-        if self.context.bind().is_ok() {
+        self.context.give_back(|| {
             // SAFETY: made in `new`, freed once; the driver waits for copies under way.
-            let _ = unsafe { sys::cuMemFreeHost(self.memory.as_ptr()) };
-        }
+            unsafe { sys::cuMemFreeHost(self.memory.as_ptr()) }
+        });
     }
 }

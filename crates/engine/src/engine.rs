@@ -132,6 +132,20 @@ pub(crate) struct Inbox {
     /// The loaded adapters that new jobs may name.
     adapters: HashSet<AdapterId>,
     next_job: u64,
+    /// Why the engine's thread has ended, where nobody asked it to.
+    pub(crate) ended_by: Option<Arc<EngineError>>,
+}
+
+impl Inbox {
+    /// Why nothing more is taken.
+    fn closed(&self) -> EngineError {
+        match &self.ended_by {
+            Some(cause) => EngineError::Ended {
+                cause: Arc::clone(cause),
+            },
+            None => EngineError::Closed,
+        }
+    }
 }
 
 /// How far an engine's life has come.
@@ -228,6 +242,7 @@ impl Engine {
                 limits: bounds,
                 adapters: HashSet::new(),
                 next_job: 0,
+                ended_by: None,
             }),
             changed: Condvar::new(),
             vocab_size: parts.runner.spec().vocab_size,
@@ -419,12 +434,12 @@ impl Engine {
         let (reply, answer) = sync_channel(1);
         let mut inbox = self.shared.lock();
         if inbox.phase == Phase::Closed {
-            return Err(EngineError::Closed);
+            return Err(inbox.closed());
         }
         inbox.commands.push(command(reply));
         drop(inbox);
         self.shared.notify();
-        answer.recv().map_err(|_| EngineError::Closed)
+        answer.recv().map_err(|_| self.shared.lock().closed())
     }
 
     fn check(&self, job: &Job) -> Result<(), EngineError> {
@@ -509,7 +524,7 @@ impl Engine {
         let shared = &self.shared;
         let mut inbox = shared.lock();
         if inbox.phase != Phase::Open {
-            return Err(EngineError::Closed);
+            return Err(inbox.closed());
         }
         inbox
             .limits

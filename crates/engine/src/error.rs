@@ -1,5 +1,8 @@
 //! What can go wrong with a job.
 
+use std::sync::Arc;
+
+use oxllama_backend::DeviceError;
 use oxllama_model::ModelError;
 use oxllama_text::TextError;
 
@@ -134,6 +137,13 @@ pub enum EngineError {
     #[error("the engine has been shut down, or is about to be")]
     Closed,
 
+    /// The model's device failed for good, and the engine with it.
+    #[error("the engine has ended: {cause}")]
+    Ended {
+        /// What ended it.
+        cause: Arc<EngineError>,
+    },
+
     /// The engine's thread failed by a mistake of its own.
     #[error("the engine failed by a bug of its own and has ended: please report this")]
     Panicked,
@@ -202,4 +212,14 @@ pub enum EngineError {
     /// The model or its device failed.
     #[error(transparent)]
     Model(#[from] ModelError),
+}
+
+impl EngineError {
+    /// Whether a device that the model needs accepts nothing more.
+    pub(crate) fn is_final(&self) -> bool {
+        let Self::Model(ModelError::Device(error)) = self else {
+            return false;
+        };
+        matches!(**error, DeviceError::Lost { .. })
+    }
 }

@@ -22,6 +22,8 @@ pub(crate) struct Worker {
     flight: Flight,
     queue_changed: bool,
     steps: u64,
+    /// Why no step can follow.
+    ended_by: Option<Arc<EngineError>>,
 }
 
 impl Worker {
@@ -38,19 +40,24 @@ impl Worker {
             flight: Flight::new(scheduler, draft.map(DraftModel::new)),
             queue_changed: false,
             steps: 0,
+            ended_by: None,
         }
     }
 
     /// Runs until the engine is shut down. However it ends, every job is told.
     pub(crate) fn run(mut self) {
         let ran = catch_unwind(AssertUnwindSafe(|| while self.turn() {}));
-        let error = ran.err().map(|_| Arc::new(EngineError::Panicked));
+        let error = match ran {
+            Ok(()) => self.ended_by.clone(),
+            Err(_) => Some(Arc::new(EngineError::Panicked)),
+        };
         let reason = match error {
             Some(_) => FinishReason::Error,
             None => FinishReason::Cancelled,
         };
         let mut inbox = self.shared.lock();
         inbox.phase = Phase::Closed;
+        inbox.ended_by = self.ended_by.take();
         for command in std::mem::take(&mut inbox.commands) {
             if let Command::Submit(submission) = command {
                 let (request, active) = *submission;
@@ -81,7 +88,7 @@ impl Worker {
             self.run_step();
         }
         self.end_jobs();
-        true
+        self.ended_by.is_none()
     }
 
     /// Does what was asked since the last step; waits while there is nothing to do at all.
@@ -268,10 +275,15 @@ impl Worker {
         }
     }
 
-    /// Ends the jobs of a step that the device failed; all others start again.
+    /// Ends the jobs of a step that the device failed; all others start again, unless no step can
+    /// succeed any more: then the engine ends, and every job with it.
     fn fail_step(&mut self, error: EngineError) {
-        let failed = self.flight.scheduler.fail_step(&self.flight.step);
         let error = Arc::new(error);
+        if error.is_final() {
+            self.ended_by = Some(error);
+            return;
+        }
+        let failed = self.flight.scheduler.fail_step(&self.flight.step);
         for id in failed {
             self.finish(id, FinishReason::Error, Some(Arc::clone(&error)));
         }

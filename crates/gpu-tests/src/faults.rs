@@ -86,8 +86,12 @@ fn memory_is_taken(path: &Path, device: &CudaDevice, books: &Books) -> Result<St
     let words = match load(path, &large, device, books) {
         Ok(_) => bail!("more was loaded than there is"),
         Err(error) => match device_error(&error) {
-            Some(DeviceError::Allocation { .. }) => error.to_string(),
-            _ => return Err(error.context("expected an allocation that fails")),
+            Some(DeviceError::OutOfMemory { state, .. })
+                if state.free.is_some_and(|free| free <= LEFT) =>
+            {
+                error.to_string()
+            }
+            _ => return Err(error.context("expected that the device is out of memory")),
         },
     };
     drop(taken);
@@ -195,6 +199,7 @@ pub(crate) fn inject(device: &CudaDevice, books: &Books, folder: &Path) -> Resul
         Err(error) if is_lost(&error) => {}
         other => bail!("the kernel that fails gave {other:?}"),
     }
+    ensure!(device.is_lost(), "the device is not marked as lost");
     expect_lost("a step", feed(&mut model, &[4], 3, 0).map(|_| ()))?;
     expect_lost("a second step", feed(&mut model, &[4], 3, 0).map(|_| ()))?;
     expect_lost(

@@ -149,7 +149,7 @@ impl<D: Device> Decoder<D> {
             let (spec, adapters) = (&self.spec, &mut self.adapters);
             device.sequence(key, workspace, |workspace| {
                 // Loading puts the embedding on the first device.
-                if let (0, Some(table)) = (index, embedding) {
+                if let (0, Some(table)) = (index, &*embedding) {
                     let hidden = &mut activations.hidden;
                     device.embed(table, spec.embedding_scale, hidden, workspace)?;
                 }

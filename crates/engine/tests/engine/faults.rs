@@ -7,11 +7,13 @@ use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use futures_core::Stream;
+use oxllama_backend::DeviceError;
 use oxllama_engine::{
     ConstraintSpec, EngineError, EngineSettings, Event, FinishReason, Guidance, Job,
     SamplingSettings,
 };
 use oxllama_format::AdapterSource;
+use oxllama_memory::DeviceId;
 use oxllama_model::{
     AdapterId, CacheRequest, ModelError, ModelSpec, Runner, RunnerLimits, StepPlan,
 };
@@ -240,7 +242,7 @@ fn streams_are_async_without_a_runtime() {
 }
 
 /// A model whose steps wait while its gate is held, and that breaks in steps with a certain token:
-/// it fails, computes NaN, or panics.
+/// it fails, computes NaN, loses its device, or panics.
 struct Faulty {
     runner: Box<dyn Runner>,
     gate: Arc<Mutex<()>>,
@@ -260,6 +262,7 @@ impl Faulty {
 const FAILS: u32 = 60;
 const COMPUTES_NAN: u32 = 61;
 const PANICS: u32 = 62;
+const LOSES_THE_DEVICE: u32 = 102;
 
 impl Runner for Faulty {
     fn spec(&self) -> &ModelSpec {
@@ -278,6 +281,13 @@ impl Runner for Faulty {
         );
         if step.token_ids.contains(&FAILS) {
             return self.runner.run(&StepPlan::default());
+        }
+        if step.token_ids.contains(&LOSES_THE_DEVICE) {
+            return Err(ModelError::from(DeviceError::Lost {
+                device: DeviceId::cuda(0),
+                operation: "a step's kernels or copies".to_owned(),
+                reason: "an illegal memory access".to_owned(),
+            }));
         }
         let vocab_size = self.runner.spec().vocab_size;
         let logits = self.runner.run(step)?;
@@ -319,7 +329,7 @@ fn a_fault_ends_the_jobs_of_its_step_and_the_engine_goes_on() {
     let gate = Arc::default();
     let engine = engine_with(Faulty::boxed(Shape::default(), &gate), None, settings());
     // Only what is drawn from matters: the tiny model must not draw the tokens of faults.
-    let bias = [FAILS, COMPUTES_NAN, PANICS].map(|id| (id, -100.0));
+    let bias = [FAILS, COMPUTES_NAN, PANICS, LOSES_THE_DEVICE].map(|id| (id, -100.0));
     let job = |ids: &[u32], count: usize| {
         let mut job = greedy(ids, count);
         job.sampling.logit_bias = bias.into_iter().collect();
@@ -343,4 +353,29 @@ fn a_fault_ends_the_jobs_of_its_step_and_the_engine_goes_on() {
     assert!(matches!(*panicked.error.unwrap(), EngineError::Panicked));
     let after = engine.submit(job(&PROMPT, 1)).unwrap_err();
     assert!(matches!(after, EngineError::Closed));
+}
+
+#[test]
+fn a_lost_device_ends_every_job_and_the_engine() {
+    let gate = Arc::default();
+    let engine = engine_with(Faulty::boxed(Shape::default(), &gate), None, settings());
+    let shut = gate.lock().unwrap();
+    // One is in the step that fails, the other waits for a place in the next.
+    let good = engine.submit(greedy(&PROMPT, 30)).unwrap();
+    let bad = engine.submit(greedy(&[1, LOSES_THE_DEVICE], 5)).unwrap();
+    drop(shut);
+    for stream in [good, bad] {
+        let ended = stream.wait();
+        assert_eq!(ended.finish_reason, FinishReason::Error);
+        let error = ended.error.unwrap().to_string();
+        assert!(error.contains("cuda:0 is lost"), "{error}");
+    }
+    engine.drain();
+    for error in [
+        engine.submit(greedy(&PROMPT, 1)).unwrap_err(),
+        engine.stats().unwrap_err(),
+    ] {
+        assert!(matches!(error, EngineError::Ended { .. }), "{error}");
+        assert!(error.to_string().contains("cuda:0 is lost"), "{error}");
+    }
 }

@@ -1,0 +1,299 @@
+//! Streams, events, recordings, device code and its launches.
+
+use std::ffi::{CStr, c_char, c_void};
+
+use crate::state::{
+    CAPTURE_UNSUPPORTED, Call, Code, INVALID_HANDLE, INVALID_VALUE, Kind, Object, State, call, give,
+};
+
+fn is_stream(kind: &Kind) -> bool {
+    matches!(kind, Kind::Stream { .. })
+}
+
+fn is_event(kind: &Kind) -> bool {
+    *kind == Kind::Event
+}
+
+fn is_module(kind: &Kind) -> bool {
+    *kind == Kind::Module
+}
+
+fn is_function(kind: &Kind) -> bool {
+    matches!(kind, Kind::Function { .. })
+}
+
+fn is_graph(kind: &Kind) -> bool {
+    *kind == Kind::Graph
+}
+
+fn is_executable(kind: &Kind) -> bool {
+    *kind == Kind::Executable
+}
+
+impl State {
+    /// Whether `stream` is one of the current device.
+    pub(crate) fn check_stream(&mut self, stream: usize) -> Result<(), Code> {
+        self.object(stream, is_stream).map(|_| ())
+    }
+
+    fn check_idle(&mut self, stream: usize) -> Result<(), Code> {
+        let kind = self.object(stream, is_stream)?.kind;
+        if kind == (Kind::Stream { is_recording: true }) {
+            return Err(self.refuse(CAPTURE_UNSUPPORTED, "waiting while recording".to_owned()));
+        }
+        Ok(())
+    }
+
+    fn create(&mut self, kind: Kind, to: *mut usize) -> Result<(), Code> {
+        let device = self.current()?;
+        let handle = self.insert(device, kind);
+        // SAFETY: the pointer of the entry point's caller.
+        unsafe { give(to, handle) }
+    }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuStreamCreate(stream: *mut usize, _flags: u32) -> Code {
+    call("cuStreamCreate", Call::Plain, |state| {
+        let kind = Kind::Stream {
+            is_recording: false,
+        };
+        state.create(kind, stream)
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuStreamDestroy_v2(stream: usize) -> Code {
+    call("cuStreamDestroy_v2", Call::Destroys, |state| {
+        state.remove(stream, is_stream)
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
+    call("cuStreamSynchronize", Call::Plain, |state| {
+        state.check_idle(stream)
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, _flags: u32) -> Code {
+    call("cuStreamWaitEvent", Call::Plain, |state| {
+        state.check_stream(stream)?;
+        // An event may be another device's.
+        match state.objects.get(&event).copied() {
+            Some(Object {
+                device,
+                kind: Kind::Event,
+            }) => state.contexts[device].broken.map_or(Ok(()), Err),
+            found => {
+                let what = format!("waiting for {event:#x}, which is {found:?}");
+                Err(state.refuse(INVALID_HANDLE, what))
+            }
+        }
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuEventCreate(event: *mut usize, _flags: u32) -> Code {
+    call("cuEventCreate", Call::Plain, |state| {
+        state.create(Kind::Event, event)
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuEventDestroy_v2(event: usize) -> Code {
+    call("cuEventDestroy_v2", Call::Destroys, |state| {
+        state.remove(event, is_event)
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuEventRecord(event: usize, stream: usize) -> Code {
+    call("cuEventRecord", Call::Plain, |state| {
+        state.check_stream(stream)?;
+        state.object(event, is_event).map(|_| ())
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuEventSynchronize(event: usize) -> Code {
+    call("cuEventSynchronize", Call::Plain, |state| {
+        state.object(event, is_event).map(|_| ())
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuEventQuery(event: usize) -> Code {
+    call("cuEventQuery", Call::Plain, |state| {
+        state.object(event, is_event).map(|_| ())
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuStreamBeginCapture_v2(stream: usize, _mode: u32) -> Code {
+    call("cuStreamBeginCapture_v2", Call::Plain, |state| {
+        state.check_idle(stream)?;
+        state.object(stream, is_stream)?.kind = Kind::Stream { is_recording: true };
+        Ok(())
+    })
+}
+
+/// A recording ends in any case; where the call fails there is no graph.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuStreamEndCapture(stream: usize, graph: *mut usize) -> Code {
+    let code = call("cuStreamEndCapture", Call::Destroys, |state| {
+        let kind = state.object(stream, is_stream)?.kind;
+        if kind != (Kind::Stream { is_recording: true }) {
+            return Err(state.refuse(INVALID_VALUE, "ending no recording".to_owned()));
+        }
+        state.object(stream, is_stream)?.kind = Kind::Stream {
+            is_recording: false,
+        };
+        state.create(Kind::Graph, graph)
+    });
+    if code != 0 && !graph.is_null() {
+        // SAFETY: the caller's pointer.
+        let made = unsafe { graph.replace(0) };
+        crate::state::lock().objects.remove(&made);
+    }
+    code
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuGraphInstantiateWithFlags(
+    executable: *mut usize,
+    graph: usize,
+    _flags: u64,
+) -> Code {
+    call("cuGraphInstantiateWithFlags", Call::Plain, |state| {
+        state.object(graph, is_graph)?;
+        state.create(Kind::Executable, executable)
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuGraphDestroy(graph: usize) -> Code {
+    call("cuGraphDestroy", Call::Destroys, |state| {
+        state.remove(graph, is_graph)
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuGraphExecDestroy(executable: usize) -> Code {
+    call("cuGraphExecDestroy", Call::Destroys, |state| {
+        state.remove(executable, is_executable)
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuGraphLaunch(executable: usize, stream: usize) -> Code {
+    call("cuGraphLaunch", Call::Plain, |state| {
+        state.check_stream(stream)?;
+        state.object(executable, is_executable).map(|_| ())
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuModuleLoadData(module: *mut usize, image: *const c_void) -> Code {
+    call("cuModuleLoadData", Call::Plain, |state| {
+        if image.is_null() {
+            return Err(state.refuse(INVALID_VALUE, "loading nothing".to_owned()));
+        }
+        state.create(Kind::Module, module)
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuModuleUnload(module: usize) -> Code {
+    call("cuModuleUnload", Call::Destroys, |state| {
+        state.remove(module, is_module)?;
+        state.objects.retain(|_, object| {
+            !matches!(object.kind, Kind::Function { module: owner, .. } if owner == module)
+        });
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuModuleGetFunction(
+    function: *mut usize,
+    module: usize,
+    name: *const c_char,
+) -> Code {
+    call("cuModuleGetFunction", Call::Plain, |state| {
+        state.object(module, is_module)?;
+        // SAFETY: the caller's string.
+        if name.is_null() || unsafe { CStr::from_ptr(name) }.is_empty() {
+            return Err(state.refuse(INVALID_VALUE, "a kernel without a name".to_owned()));
+        }
+        let kind = Kind::Function {
+            module,
+            most_shared_bytes: 48 << 10,
+        };
+        state.create(kind, function)
+    })
+}
+
+/// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`
+const SHARED_BYTES: u32 = 8;
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuFuncSetAttribute(function: usize, attribute: u32, value: i32) -> Code {
+    call("cuFuncSetAttribute", Call::Plain, |state| {
+        let object = state.object(function, is_function)?;
+        if let Kind::Function {
+            most_shared_bytes, ..
+        } = &mut object.kind
+            && attribute == SHARED_BYTES
+        {
+            *most_shared_bytes = (*most_shared_bytes).max(value.unsigned_abs());
+        }
+        Ok(())
+    })
+}
+
+/// The beginning of `CUlaunchConfig`.
+#[repr(C)]
+struct LaunchConfig {
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u32,
+    stream: usize,
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuLaunchKernelEx(
+    config: *const LaunchConfig,
+    function: usize,
+    parameters: *const *const c_void,
+    _extra: *const *const c_void,
+) -> Code {
+    call("cuLaunchKernelEx", Call::Plain, |state| {
+        // SAFETY: the caller's structure.
+        let config = unsafe { &*config };
+        state.check_stream(config.stream)?;
+        let kind = state.object(function, is_function)?.kind;
+        let most = match kind {
+            Kind::Function {
+                most_shared_bytes, ..
+            } => most_shared_bytes,
+            _ => 0,
+        };
+        let threads: u32 = config.block.iter().product();
+        let [_, height, depth] = config.grid;
+        let fits = (1..=1024).contains(&threads)
+            && !config.grid.contains(&0)
+            && height.max(depth) <= u32::from(u16::MAX)
+            && config.shared_bytes <= most
+            && !parameters.is_null();
+        if !fits {
+            let (grid, block) = (config.grid, config.block);
+            let shared = config.shared_bytes;
+            let what = format!("{grid:?} blocks of {block:?} threads, {shared} of {most} bytes");
+            return Err(state.refuse(INVALID_VALUE, what));
+        }
+        state.launches += 1;
+        Ok(())
+    })
+}
