@@ -202,7 +202,7 @@ __device__ __forceinline__ float fold(float kept, float part, FoldFactors factor
 
 // --- The rows of a tile. ---
 //
-// The step's inputs, and what earlier steps have stored in pages, are read before
+// The step's inputs (step.cu), and what earlier steps have stored in pages, are read before
 // `dependency_wait`: `oxl_cache` comes before, and lets the next kernel start only after its own
 // wait, when all that was enqueued before it is done. What it stores itself is read after the
 // wait. (Through the second-level cache: the first may hold what was there before.)

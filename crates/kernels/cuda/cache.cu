@@ -125,26 +125,27 @@ __device__ __forceinline__ void rotate_pairs(float (&x)[PARTS], float* head, con
 extern "C" __global__ void __launch_bounds__(128)
 oxl_cache(const __grid_constant__ CacheArgs args) {
     __shared__ float heads_of_warps[WARPS][MOST_HEAD_DIM];
-    // In this order: attention's kernels rely on it (attention.cuh).
-    dependency_wait();
-    dependency_trigger();
     const int warp = threadIdx.x / WARP_LANES;
     const int lane = threadIdx.x % WARP_LANES;
     const int heads_of_row = args.heads + 2 * args.kv_heads;
     // 32 bits: a division of 64 costs as much as a head's arithmetic.
     const uint32_t task = blockIdx.x * WARPS + warp;
-    const int row = int(task / heads_of_row);
-    if (row >= args.rows) return;
+    const int row = min(int(task / heads_of_row), args.rows - 1);
+    const bool has_task = task < uint32_t(args.rows) * heads_of_row;
     int head = int(task % heads_of_row);
     const bool is_query = head < args.heads;
     if (!is_query) head -= args.heads;
     const bool is_key = !is_query && head < args.kv_heads;
     if (!is_query && !is_key) head -= args.kv_heads;
 
-    // Looked up while the head is on its way.
-    const int position = int(args.positions[row]);
-    const int64_t table = int64_t(args.row_sequences[row]) * args.table_stride;
-    const uint32_t page = args.page_tables[table + position / PAGE_TOKENS];
+    // The step's inputs are there before the wait (step.cu).
+    const int position = int(__ldcg(args.positions + row));
+    const int64_t table = int64_t(__ldcg(args.row_sequences + row)) * args.table_stride;
+    const uint32_t page = __ldcg(args.page_tables + table + position / PAGE_TOKENS);
+    // In this order: attention's kernels rely on it (attention.cuh).
+    dependency_wait();
+    dependency_trigger();
+    if (!has_task) return;
 
     const int head_dim = args.head_dim;
     const int64_t from =

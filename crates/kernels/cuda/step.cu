@@ -39,10 +39,9 @@ struct BeginStepArgs {
     int32_t angle_pairs;
 };
 
-// One block a row or sequence, whichever there are more of.
-extern "C" __global__ void oxl_begin_step(const __grid_constant__ BeginStepArgs args) {
-    oxl::dependency_wait();
-    oxl::dependency_trigger();
+namespace {
+
+__device__ __forceinline__ void begin_step(const BeginStepArgs& args) {
     const int index = blockIdx.x;
     const uint32_t* positions = args.packed + args.rows;
     const uint32_t* logit_rows = args.packed + 3 * args.rows;
@@ -82,4 +81,17 @@ extern "C" __global__ void oxl_begin_step(const __grid_constant__ BeginStepArgs 
             sines[pair] = float(sine) * r.attention_factor;
         }
     }
+}
+
+}  // namespace
+
+// One block a row or sequence, whichever there are more of.
+//
+// Lets the next kernel start only when all is written, so that every kernel of the step may read its
+// inputs before its own wait (through the second-level cache: the first may hold older ones).
+extern "C" __global__ void oxl_begin_step(const __grid_constant__ BeginStepArgs args) {
+    oxl::dependency_wait();
+    begin_step(args);
+    __threadfence();
+    oxl::dependency_trigger();
 }
