@@ -1,5 +1,5 @@
-// What the kernels that multiply weights as they are stored have in common: their arguments, the
-// stream of weights through shared memory, and the sums of a warp.
+// What the kernels that multiply weights as they are stored have in common: their arguments and the
+// sums of a warp; and the stream of weights of the one for more rows.
 //
 // Order of sums: within a group in the tensor core (weights less their zero point, exact in
 // fp16), groups in order with acc += scale * part, ranges of K in order by fours, then these
@@ -40,9 +40,9 @@ struct LinearMatrix {
     int32_t first_partial;  // of its tiles * split; only with split > 1
 };
 
-// All matrices have the same number of blocks.
+// All matrices have the same number of blocks. Scalars come first: parameters that lie together are
+// fetched together.
 struct LinearArgs {
-    LinearMatrix matrices[oxl::MOST_MATRICES];
     float* partials;     // [tiles * split of all matrices, PARTIAL_FLOATS]
     uint32_t* counters;  // zero before and after every launch
     int32_t matrix_count;
@@ -51,8 +51,13 @@ struct LinearArgs {
     float store_scale;
     int32_t ranges_shift;  // K is cut into 2^ranges_shift ranges
     int32_t items;         // column tiles of all matrices
+    int32_t blocks;        // of K
     int32_t x_blocks;      // of K, that a warp's place for activations holds
+    int32_t range_blocks;  // of the longest range
+    int32_t tile_buffers;  // tiles whose sums have room in shared memory
     int32_t split_shift;   // of `oxl_linear_32`: 2^split_shift CTAs share a tile's K
+    int32_t reserved;
+    LinearMatrix matrices[oxl::MOST_MATRICES];
 };
 
 namespace oxl {
@@ -75,31 +80,12 @@ __device__ __forceinline__ uint4 load_activations(const __half* address) {
     return value;
 }
 
-// One warp's part of a matrix, in shared memory: what its stream goes on with.
-struct WarpMatrix {
-    const uint8_t* first;  // its range in the matrix' first tile
-    int32_t bytes;         // of the range; 0 if the CTA has none of the matrix' tiles
-    int32_t skip;          // from the end of its last stage to the range in the next tile
-    int32_t tiles;         // of the CTA's
-    int32_t last_group;    // of the range
-    BlockInfo info;        // of the range's first block
-};
-
-// Bytes in whole stages.
-__device__ __forceinline__ int whole_stages(int bytes) {
-    return (bytes + STAGE_BYTES - 1) & ~(STAGE_BYTES - 1);
-}
-
-// The bytes of a warp's ranges on their way through its ring: of one tile after the other, or of one
-// tile only. A range starts with a stage.
-template <bool MANY_TILES>
+// The bytes of a warp's range of a tile on their way through its ring.
 struct WeightStream {
-    const uint8_t* source;     // what this lane copies next
-    char* ring;                // RING_BYTES of shared memory
-    const WarpMatrix* matrix;  // whose bytes are asked for; past the CTA's last one without bytes
-    int left;                  // bytes of the range that have not been asked for
-    int tiles;                 // of the matrix, with the one that is asked for
-    uint32_t consumed;         // bytes that have been multiplied; a ring more has been asked for
+    const uint8_t* source;  // what this lane copies next
+    char* ring;             // RING_BYTES of shared memory
+    int left;               // bytes of the range that have not been asked for
+    uint32_t consumed;      // bytes that have been multiplied; a ring more has been asked for
     int lane;
 
     // Asks for one more stage, to where `freed` bytes were; past the end for an empty one, so that
@@ -114,19 +100,6 @@ struct WeightStream {
         asm volatile("cp.async.commit_group;" ::: "memory");
         source += STAGE_BYTES;
         left -= STAGE_BYTES;
-        if constexpr (MANY_TILES) {
-            if (left <= 0) next_range();
-        }
-    }
-
-    __device__ __forceinline__ void next_range() {
-        source += matrix->skip;
-        if (--tiles == 0) {
-            ++matrix;
-            source = matrix->first + lane * 16;
-            tiles = matrix->tiles;
-        }
-        left = matrix->bytes;
     }
 
     // Waits for the next block, of BITS bits.
@@ -158,15 +131,6 @@ struct WeightStream {
         }
     }
 
-    // Goes on to the next range.
-    __device__ __forceinline__ void end_range() {
-        __syncwarp();
-        if (consumed % STAGE_BYTES != 0) {
-            issue(consumed);
-            consumed = whole_stages(consumed);
-        }
-    }
-
     // Words of the next block, by their byte in it.
     template <typename Words>
     __device__ __forceinline__ Words read(int byte) const {
@@ -181,6 +145,23 @@ struct WeightStream {
 // 16 m + g, then of output 16 m + g + 8.
 template <int ROW_TILES>
 using Sums = float[ROW_TILES][2][4];
+
+// part += weights * activations over one block and 8 rows.
+__device__ __forceinline__ void multiply_block(const LaneWeights& weights, const uint4& x,
+                                               float (&part)[2][4]) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+        const auto& low = weights.pairs[2 * m];
+        const auto& high = weights.pairs[2 * m + 1];
+        multiply(part[m], low[0], high[0], low[1], high[1], x.x, x.y);
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+        const auto& low = weights.pairs[2 * m];
+        const auto& high = weights.pairs[2 * m + 1];
+        multiply(part[m], low[2], high[2], low[3], high[3], x.z, x.w);
+    }
+}
 
 // part += weights * activations over the next `blocks` blocks, of one group.
 template <int BITS, bool ZEROED, int ROW_TILES, typename Stream, typename Activations>
@@ -199,19 +180,7 @@ __device__ __forceinline__ void multiply_blocks(Stream& stream, Activations& act
         stream.template release<BITS>();
 #pragma unroll
         for (int tile = 0; tile < ROW_TILES; ++tile) {
-            const uint4 x = activations.of(tile);
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                const auto& low = weights.pairs[2 * m];
-                const auto& high = weights.pairs[2 * m + 1];
-                multiply(part[tile][m], low[0], high[0], low[1], high[1], x.x, x.y);
-            }
-#pragma unroll
-            for (int m = 0; m < 2; ++m) {
-                const auto& low = weights.pairs[2 * m];
-                const auto& high = weights.pairs[2 * m + 1];
-                multiply(part[tile][m], low[2], high[2], low[3], high[3], x.z, x.w);
-            }
+            multiply_block(weights, activations.of(tile), part[tile]);
         }
         activations.advance();
     }

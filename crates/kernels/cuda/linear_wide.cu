@@ -1,4 +1,4 @@
-// y = store(W x + bias) for 17 to 32 rows and up to five matrices that share their rows, on tensor
+// y = store(W x + bias) for up to 32 rows and up to five matrices that share their rows, on tensor
 // cores: mma.m16n8k16 with weights as A, activations as B, sums in fp32.
 //
 // Floor: every weight is read from memory once (0.5 bytes at 4 bits): 7.3 us for 4096 x 11008 at
@@ -76,7 +76,7 @@ __device__ __forceinline__ void multiply_range(const LinearArgs& args, const Lin
     const int bytes = (units_before(matrix, end) - first_unit) * BLOCK_UNIT_BYTES;
     const int64_t start = int64_t(tile) * matrix.tile_units + first_unit;
     const uint8_t* source = matrix.weights + start * BLOCK_UNIT_BYTES + lane * 16;
-    WeightStream<false> stream = {source, ring, nullptr, bytes, 1, 0, lane};
+    WeightStream stream = {source, ring, bytes, 0, lane};
 #pragma unroll 1
     for (int stage = 0; stage < STAGES; ++stage) stream.issue(stage * STAGE_BYTES);
     BlockInfo next_info = {};

@@ -6,7 +6,8 @@ use oxllama_backend::{DeviceError, Store};
 use super::blaslt::Product;
 use super::layout::{TILE_OUTPUTS, TileMatrix};
 use super::plan::{
-    MOST_WARPS, NARROW_ROWS, STREAMED_ROWS, WIDE_SHARED_BYTES, WIDE_TILES, most_shared_bytes,
+    MOST_WARPS, NARROW_ROWS, STREAMED_ROWS, StreamShape, WIDE_SHARED_BYTES, WIDE_TILES,
+    most_shared_bytes,
 };
 use super::scratch::{FEW_ROWS, LinearScratch};
 use super::{CudaLinear, MOST_MATRICES};
@@ -47,7 +48,6 @@ struct LinearMatrix {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 struct LinearArgs {
-    matrices: [LinearMatrix; MOST_MATRICES],
     partials: CUdeviceptr,
     counters: CUdeviceptr,
     matrix_count: i32,
@@ -56,8 +56,13 @@ struct LinearArgs {
     store_scale: f32,
     ranges_shift: i32,
     items: i32,
+    blocks: i32,
     x_blocks: i32,
+    range_blocks: i32,
+    tile_buffers: i32,
     split_shift: i32,
+    reserved: i32,
+    matrices: [LinearMatrix; MOST_MATRICES],
 }
 
 /// `DequantiseArgs` of `dequantise.cu`.
@@ -221,16 +226,24 @@ impl CudaDevice {
             .sum();
         for first_row in (0..rows).step_by(ROWS_OF_LAUNCH) {
             let count = (rows - first_row).min(ROWS_OF_LAUNCH);
-            let is_wide = count > STREAMED_ROWS;
-            let split = plan.split(tiles, multiprocessors);
-            let (matrices, items) = divide(operands, first_row, is_wide.then_some(split));
-            let (x_blocks, shared_bytes) = if is_wide {
-                (0, WIDE_SHARED_BYTES)
-            } else {
-                plan.streamed(count, most_shared_bytes(self.info()))
+            let shape = StreamShape {
+                rows: count,
+                matrices: operands.len(),
+                tiles_of_cta: usize::div_ceil(tiles, multiprocessors),
             };
+            let streamed = if count > STREAMED_ROWS {
+                None
+            } else {
+                plan.streamed(shape, most_shared_bytes(self.info()))
+            };
+            let split = if count > STREAMED_ROWS {
+                plan.split(tiles, multiprocessors)
+            } else {
+                1
+            };
+            let (matrices, items) =
+                divide(operands, first_row, streamed.is_none().then_some(split));
             let args = LinearArgs {
-                matrices,
                 partials: scratch.partials(),
                 counters: scratch.counters(),
                 matrix_count: operands.len() as i32,
@@ -239,13 +252,22 @@ impl CudaDevice {
                 store_scale,
                 ranges_shift: plan.ranges.ilog2() as i32,
                 items: items as i32,
-                x_blocks: x_blocks as i32,
+                blocks: operands[0].weights.layout.blocks as i32,
+                x_blocks: streamed.map_or(0, |streamed| streamed.x_blocks) as i32,
+                range_blocks: plan.range_blocks as i32,
+                tile_buffers: streamed.map_or(0, |streamed| streamed.tile_buffers) as i32,
                 split_shift: split.ilog2() as i32,
+                reserved: 0,
+                matrices,
             };
-            let (kernel, ctas, warps) = match count {
-                _ if is_wide => (kernels.by_rows[2], items, MOST_WARPS),
-                0..=NARROW_ROWS => (kernels.by_rows[0], items.min(multiprocessors), plan.ranges),
-                _ => (kernels.by_rows[1], items.min(multiprocessors), plan.ranges),
+            let [narrow, middle, wide] = kernels.by_rows;
+            let (kernel, ctas, warps, shared_bytes) = match streamed {
+                None => (wide, items, MOST_WARPS, WIDE_SHARED_BYTES),
+                Some(streamed) => {
+                    let kernel = if count <= NARROW_ROWS { narrow } else { middle };
+                    let ctas = items.min(multiprocessors);
+                    (kernel, ctas, plan.ranges, streamed.shared_bytes)
+                }
             };
             let launch = Launch {
                 shared_bytes,

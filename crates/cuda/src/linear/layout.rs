@@ -6,6 +6,7 @@ use cudarc::driver::sys::CUdeviceptr;
 use half::f16;
 use oxllama_format::{Encoding, LinearHeader, LinearSource};
 
+use super::ranges::most_table_bytes;
 use crate::step::aligned;
 
 /// Outputs of a column tile; `TILE_OUTPUTS` in `tiles.cuh`.
@@ -28,8 +29,8 @@ const EXL2_SCALE_BYTES: usize = TILE_OUTPUTS / 2;
 const GPTQ_SCALE_BYTES: usize = TILE_OUTPUTS * 2;
 
 /// `ENCODING_*` of `tiles.cuh`.
-const ENCODING_EXL2: i32 = 0;
-const ENCODING_GPTQ: i32 = 1;
+pub(super) const ENCODING_EXL2: i32 = 0;
+pub(super) const ENCODING_GPTQ: i32 = 1;
 const ENCODING_FLOAT: i32 = 2;
 
 /// `BlockInfo` of `tiles.cuh`.
@@ -43,6 +44,7 @@ pub(crate) struct TileMatrix {
     pub(crate) scales: CUdeviceptr,
     pub(crate) zeros: CUdeviceptr,
     pub(crate) block_table: CUdeviceptr,
+    pub(crate) range_table: CUdeviceptr,
     pub(crate) blocks: i32,
     pub(crate) groups: i32,
     pub(crate) tiles: i32,
@@ -65,6 +67,7 @@ pub(crate) struct Layout {
     pub(crate) scales: usize,
     pub(crate) zeros: usize,
     pub(crate) block_table: usize,
+    pub(crate) range_table: usize,
     /// u32 `[in_features]`
     pub(crate) permutation: usize,
     /// f32 `[out_features]`
@@ -117,6 +120,7 @@ impl Layout {
             scales: part(tiles * groups * scale_bytes),
             zeros: part(tiles * groups * zero_bytes),
             block_table: part(blocks * size_of::<BlockInfo>()),
+            range_table: part(most_table_bytes(blocks)),
             permutation: part(if has_order { header.in_features * 4 } else { 0 }),
             bias: part(if header.bias {
                 header.out_features * 4
@@ -150,6 +154,7 @@ impl Layout {
             scales: address + self.scales as u64,
             zeros: address + self.zeros as u64,
             block_table: address + self.block_table as u64,
+            range_table: address + self.range_table as u64,
             blocks: self.blocks as i32,
             groups: self.groups as i32,
             tiles: self.tiles as i32,

@@ -16,6 +16,7 @@ use super::layout::{
     BLOCK_INPUTS, Layout, MOST_BLOCKS, TILE_OUTPUTS, UNIT_BYTES, block_table, groups, section_ends,
 };
 use super::plan::{Plan, most_shared_bytes};
+use super::ranges::range_table;
 use crate::buffer::CudaBuffer;
 use crate::context::Context;
 use crate::device::CudaDevice;
@@ -149,6 +150,7 @@ struct Load<'a> {
     device: &'a CudaDevice,
     loader: &'a mut Loader,
     layout: &'a Layout,
+    plan: Plan,
     /// Where the matrix starts on the device.
     address: CUdeviceptr,
 }
@@ -466,6 +468,11 @@ impl Load<'_> {
             bytemuck::cast_slice(&table),
             self.part(self.layout.block_table),
         )?;
+        let is_gptq = matches!(source, LinearSource::Gptq(_));
+        self.upload(
+            bytemuck::cast_slice(&range_table(&table, self.plan, is_gptq)),
+            self.part(self.layout.range_table),
+        )?;
         let order = self.part(self.layout.permutation);
         self.upload(bytemuck::cast_slice(permutation), order)?;
         if let Some(bias) = source.bias() {
@@ -530,11 +537,13 @@ impl CudaDevice {
         }
         let buffer = CudaBuffer::allocate(self.context(), reservation)?;
         let order = permutation(source);
+        let plan = Plan::new(&layout, most_shared_bytes(self.info()));
         let mut loader = self.loaders().take(self.context())?;
         let mut load = Load {
             device: self,
             loader: &mut loader,
             layout: &layout,
+            plan,
             address: buffer.address(),
         };
         // A loader that failed is dropped, when nothing reads its memory any more; so is the
@@ -549,7 +558,6 @@ impl CudaDevice {
         };
         self.loaders().give_back(loader);
         let sections = section_ends(&groups(source));
-        let plan = Plan::new(&layout, most_shared_bytes(self.info()));
         let at = |offset| Some(buffer.at(offset));
         Ok(CudaLinear {
             in_features: header.in_features,

@@ -5,6 +5,7 @@ mod launch;
 mod layout;
 mod load;
 mod plan;
+mod ranges;
 mod scratch;
 
 use std::hash::{DefaultHasher, Hash, Hasher};

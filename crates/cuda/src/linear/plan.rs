@@ -3,8 +3,20 @@
 use super::layout::Layout;
 use crate::context::GpuInfo;
 
-/// Bytes of shared memory of a warp's ring; `RING_BYTES` in `linear.cuh`.
+/// Bytes of shared memory of a warp's ring in `oxl_linear_32`; `RING_BYTES` in `linear.cuh`.
 pub(crate) const RING_BYTES: usize = 4096;
+
+/// Bytes of a warp's ring of units: `SLOTS * SLOT_BYTES` in `linear.cu`.
+const UNIT_RING_BYTES: usize = 2 * (2048 + 128);
+
+/// Blocks of a unit, at most: activations must have room for as many.
+const MOST_UNIT_BLOCKS: usize = 4;
+
+/// Tiles whose sums are joined at once, at most.
+const MOST_TILE_BUFFERS: usize = 8;
+
+/// Bytes of a unit in the table of a range.
+const UNIT_ENTRY_BYTES: usize = 8;
 
 /// Warps of a block of threads (CTA), at most; `MOST_WARPS` in `linear.cuh`.
 pub(crate) const MOST_WARPS: usize = 16;
@@ -15,7 +27,7 @@ pub(crate) const WIDE_TILES: usize = 4;
 /// Rows up to which CTAs stream tile after tile.
 pub(crate) const STREAMED_ROWS: usize = 16;
 
-/// Rows up to which the sums of one tile are joined while the next is multiplied.
+/// Rows of a tensor core's operand, and of the sums that lie in shared memory at once.
 pub(crate) const NARROW_ROWS: usize = 8;
 
 /// Ranges of K that are summed before others join; `RANGES_OF_SUM` in `linear.cuh`.
@@ -25,7 +37,7 @@ const RANGES_OF_SUM: usize = 4;
 const LEAST_BLOCKS: usize = 2;
 
 /// Shared memory of a CTA that is not dynamic, at most.
-const STATIC_SHARED_BYTES: usize = 10 * 1024;
+const STATIC_SHARED_BYTES: usize = 2 * 1024;
 
 /// Dynamic shared memory that a CTA of `oxl_linear_32` needs.
 pub(crate) const WIDE_SHARED_BYTES: usize = (MOST_WARPS + WIDE_TILES) * RING_BYTES;
@@ -49,7 +61,29 @@ pub(crate) struct Plan {
     /// Ranges of K, one a warp: a power of two.
     pub(crate) ranges: usize,
     /// Blocks of the longest range.
-    range_blocks: usize,
+    pub(crate) range_blocks: usize,
+}
+
+/// What the shared memory of a launch of few rows depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct StreamShape {
+    /// Up to [`STREAMED_ROWS`].
+    pub(crate) rows: usize,
+    /// Of the launch.
+    pub(crate) matrices: usize,
+    /// Column tiles that a CTA has, at most.
+    pub(crate) tiles_of_cta: usize,
+}
+
+/// The shared memory of a launch of few rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Streamed {
+    /// Blocks of activations that a warp keeps.
+    pub(crate) x_blocks: usize,
+    /// Tiles whose sums are joined at once.
+    pub(crate) tile_buffers: usize,
+    /// Dynamic shared memory of a CTA.
+    pub(crate) shared_bytes: usize,
 }
 
 impl Plan {
@@ -57,7 +91,7 @@ impl Plan {
         Self::of(layout.blocks, most_shared_bytes)
     }
 
-    fn of(blocks: usize, most_shared_bytes: usize) -> Self {
+    pub(crate) fn of(blocks: usize, most_shared_bytes: usize) -> Self {
         // Rings and activations of sixteen warps want more than smaller devices have.
         let mut ranges = match most_shared_bytes {
             0..131_072 => MOST_WARPS / 2,
@@ -72,15 +106,44 @@ impl Plan {
         }
     }
 
-    /// Blocks of activations that a warp keeps in a launch of `rows` rows, up to
-    /// [`STREAMED_ROWS`], and the launch's dynamic shared memory.
-    pub(crate) fn streamed(&self, rows: usize, most_shared_bytes: usize) -> (usize, usize) {
-        let buffers = if rows <= NARROW_ROWS { 2 } else { 1 };
-        let fixed = RING_BYTES + buffers * rows * ROW_SUM_BYTES;
-        let room = (most_shared_bytes / self.ranges).saturating_sub(fixed);
+    /// The first block of a range of a matrix of `blocks`, as the kernels divide them.
+    pub(crate) fn range_start(&self, range: usize, blocks: usize) -> usize {
+        blocks * range / self.ranges
+    }
+
+    /// How a launch of `rows` rows, up to [`STREAMED_ROWS`], shares its memory; `None` where tables
+    /// of so many inputs leave no room: then rows are multiplied as more rows are.
+    pub(crate) fn streamed(
+        &self,
+        shape: StreamShape,
+        most_shared_bytes: usize,
+    ) -> Option<Streamed> {
+        let StreamShape {
+            rows,
+            matrices,
+            tiles_of_cta,
+        } = shape;
+        let sum_bytes = rows.min(NARROW_ROWS) * ROW_SUM_BYTES;
+        let fixed = UNIT_RING_BYTES + matrices * self.range_blocks * UNIT_ENTRY_BYTES;
+        let room = (most_shared_bytes / self.ranges).checked_sub(fixed + sum_bytes)?;
         let block_bytes = rows * ROW_BLOCK_BYTES;
-        let x_blocks = (room / block_bytes).clamp(1, self.range_blocks);
-        (x_blocks, self.ranges * (fixed + x_blocks * block_bytes))
+        let x_blocks = (room / block_bytes).min(self.range_blocks);
+        if x_blocks < self.range_blocks.min(MOST_UNIT_BLOCKS) {
+            return None;
+        }
+        let room = room - x_blocks * block_bytes;
+        // Activations that do not all fit are copied for every tile anew: more of them rather
+        // than more sums.
+        let buffers = if rows > NARROW_ROWS {
+            1
+        } else {
+            1 + (room / sum_bytes).min(tiles_of_cta.clamp(1, MOST_TILE_BUFFERS) - 1)
+        };
+        Some(Streamed {
+            x_blocks,
+            tile_buffers: buffers,
+            shared_bytes: self.ranges * (fixed + x_blocks * block_bytes + buffers * sum_bytes),
+        })
     }
 
     /// Parts of K of four ranges or fewer, whose sums are joined at last.
@@ -113,7 +176,7 @@ mod tests {
     use super::*;
 
     /// Dynamic shared memory of CTAs of compute capabilities 8.6, 8.0 and 9.0.
-    const SHARED_BYTES: [usize; 3] = [89 * 1024, 153 * 1024, 217 * 1024];
+    const SHARED_BYTES: [usize; 3] = [97 * 1024, 161 * 1024, 225 * 1024];
 
     #[test]
     fn every_block_belongs_to_one_warp() {
@@ -140,23 +203,35 @@ mod tests {
     fn launches_fit_into_shared_memory() {
         for shared_bytes in SHARED_BYTES {
             assert!(WIDE_SHARED_BYTES <= shared_bytes);
-            for blocks in [1, 18, 64, 128, 344, 896, 65_535] {
+            for blocks in [1, 18, 64, 128, 344, 896] {
                 let plan = Plan::of(blocks, shared_bytes);
                 for rows in 1..=STREAMED_ROWS {
-                    let (x_blocks, bytes) = plan.streamed(rows, shared_bytes);
-                    assert!(bytes <= shared_bytes);
-                    assert!((1..=plan.range_blocks).contains(&x_blocks));
+                    for tiles_of_cta in [0, 1, 5, 30] {
+                        let shape = StreamShape {
+                            rows,
+                            matrices: 1,
+                            tiles_of_cta,
+                        };
+                        let streamed = plan.streamed(shape, shared_bytes).unwrap();
+                        assert!(streamed.shared_bytes <= shared_bytes);
+                        assert!((1..=plan.range_blocks).contains(&streamed.x_blocks));
+                        assert!((1..=tiles_of_cta.max(1)).contains(&streamed.tile_buffers));
+                    }
                 }
             }
         }
+        let few = |rows| StreamShape {
+            rows,
+            matrices: 3,
+            tiles_of_cta: 3,
+        };
         let plan = Plan::of(128, SHARED_BYTES[2]);
-        for rows in [1, 8] {
-            assert_eq!(
-                plan.streamed(rows, SHARED_BYTES[2]).0,
-                8,
-                "all of 4096 inputs"
-            );
+        for rows in [1, 8, 16] {
+            let streamed = plan.streamed(few(rows), SHARED_BYTES[2]).unwrap();
+            assert_eq!(streamed.x_blocks, 8, "all of 4096 inputs");
         }
+        let longest = Plan::of(65_535, SHARED_BYTES[2]);
+        assert_eq!(longest.streamed(few(1), SHARED_BYTES[2]), None);
     }
 
     #[test]

@@ -262,7 +262,9 @@ fn a_header_says_where_every_part_lies() {
     assert_eq!(layout.scales, 3 * 36 * UNIT_BYTES);
     assert_eq!(layout.zeros - layout.scales, aligned(3 * 3 * 64));
     assert_eq!(layout.block_table - layout.zeros, aligned(3 * 3 * 32));
-    assert_eq!(layout.permutation - layout.block_table, aligned(9 * 8));
+    assert_eq!(layout.range_table - layout.block_table, aligned(9 * 8));
+    let table_bytes = aligned(most_table_bytes(9));
+    assert_eq!(layout.permutation - layout.range_table, table_bytes);
     assert_eq!(layout.bias - layout.permutation, aligned(288 * 4));
     assert_eq!(layout.total, layout.bias + aligned(72 * 4));
 
