@@ -280,6 +280,32 @@ pub trait LinearOps: NormOps + ElementwiseOps {
         reservation: Reservation,
     ) -> Result<Self::Linear, DeviceError>;
 
+    /// Bytes of the host's memory that an embedding takes which stays there and whose rows
+    /// [`Self::embed`] reads in place; `None` where devices cannot, or where their memory is the
+    /// host's anyway: the default.
+    fn host_embedding_bytes(&self, header: &LinearHeader) -> Option<Bytes> {
+        let _ = header;
+        None
+    }
+
+    /// Brings an embedding into the host's memory: `reservation` is one of the host's and holds
+    /// [`Self::host_embedding_bytes`]. Only for [`Self::embed`].
+    ///
+    /// # Errors
+    /// The weights are malformed, or allocation fails; the default always fails.
+    fn load_host_embedding(
+        &self,
+        source: &LinearSource<'_>,
+        reservation: Reservation,
+    ) -> Result<Self::Linear, DeviceError> {
+        let _ = source;
+        Err(DeviceError::Operation {
+            device: self.id().clone(),
+            operation: format!("keeping an embedding on {}", reservation.device()),
+            reason: "this kind of device does not read the host's memory in place".to_owned(),
+        })
+    }
+
     /// `(in_features, out_features)` of loaded weights, padding included.
     fn linear_shape(&self, weights: &Self::Linear) -> (usize, usize);
 

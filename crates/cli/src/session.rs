@@ -13,12 +13,12 @@ use oxllama_memory::{
     Bytes, CacheFormat, DeviceId, DeviceInfo, GpuSplit, Inventory, Ledger, Policy,
 };
 use oxllama_model::{
-    Decoder, LoadOptions, ModelError, ModelPlan, ModelRequest, ModelSpec, RopeOverrides, Runner,
-    plan_model,
+    Decoder, EmbeddingPlace, LoadOptions, ModelError, ModelPlan, ModelRequest, ModelSpec,
+    RopeOverrides, Runner, plan_model,
 };
 use oxllama_text::Tokenizer;
 
-use crate::args::{CacheKind, DeviceKind, PlacementArgs, PolicyKind};
+use crate::args::{CacheKind, DeviceKind, EmbeddingKind, PlacementArgs, PolicyKind};
 use crate::{output, resolve};
 
 /// Sequences, rows and logits that a command needs at once.
@@ -60,18 +60,28 @@ impl Host {
             DeviceKind::Auto if placement.virtual_devices.is_some() => None,
             DeviceKind::Auto => gpus_if_any(),
         };
-        let (inventory, devices) = match gpus {
-            Some((inventory, devices)) => (inventory, Devices::Cuda(devices)),
-            None => {
-                let inventory = cpu_inventory(placement)?;
-                let devices = Devices::on_cpu(placement, &inventory)?;
-                (inventory, devices)
-            }
-        };
+        if let Some((inventory, devices)) = gpus {
+            return Ok(Self {
+                ledger: Ledger::with_host(&inventory, &host_info()?),
+                devices: Devices::Cuda(devices),
+            });
+        }
+        let inventory = cpu_inventory(placement)?;
         Ok(Self {
             ledger: Ledger::new(&inventory),
-            devices,
+            devices: Devices::on_cpu(placement, &inventory)?,
         })
+    }
+}
+
+impl Host {
+    /// The host's memory as it is now, with what its account in the books still has.
+    fn memory(&self) -> Result<DeviceInfo> {
+        let mut info = host_info()?;
+        if let Some(usage) = self.ledger.usage(&info.id) {
+            info.available = info.available.min(usage.available);
+        }
+        Ok(info)
     }
 }
 
@@ -159,14 +169,17 @@ fn cpu_inventory(placement: &PlacementArgs) -> Result<Inventory> {
                 )
             })
             .collect(),
-        None => {
-            let host = HostMemory::read()?;
-            let mut cpu = DeviceInfo::new(DeviceId::cpu(0), cpu_name(), Bytes(host.total_bytes));
-            cpu.available = Bytes(host.available_bytes.min(host.total_bytes));
-            vec![cpu]
-        }
+        None => vec![host_info()?],
     };
     Ok(Inventory::new(devices)?)
+}
+
+/// The processor with all of its memory.
+fn host_info() -> Result<DeviceInfo> {
+    let host = HostMemory::read()?;
+    let mut cpu = DeviceInfo::new(DeviceId::cpu(0), cpu_name(), Bytes(host.total_bytes));
+    cpu.available = Bytes(host.available_bytes.min(host.total_bytes));
+    Ok(cpu)
 }
 
 /// What the processor calls itself.
@@ -206,9 +219,9 @@ pub(crate) fn open_source(
     Ok(Opened { source, spec })
 }
 
-pub(crate) fn request(placement: &PlacementArgs, size: StepSize) -> ModelRequest {
+fn request(host: &Host, placement: &PlacementArgs, size: StepSize) -> Result<ModelRequest> {
     let chunk_tokens = placement.chunk.unwrap_or(size.chunk_tokens);
-    ModelRequest {
+    Ok(ModelRequest {
         context_tokens: placement.context,
         cache_tokens: placement.cache_tokens,
         batch: size.batch,
@@ -221,6 +234,11 @@ pub(crate) fn request(placement: &PlacementArgs, size: StepSize) -> ModelRequest
             CacheKind::Q6 => CacheFormat::Q6,
             CacheKind::Q4 => CacheFormat::Q4,
         },
+        embedding: match placement.embedding {
+            EmbeddingKind::Device => EmbeddingPlace::Device,
+            EmbeddingKind::Auto => EmbeddingPlace::WhereItFits(host.memory()?),
+            EmbeddingKind::Host => EmbeddingPlace::Host(host.memory()?),
+        },
         policy: match (&placement.gpu_split, placement.policy) {
             (Some(split), _) => Policy::GpuSplit(split.clone()),
             (None, PolicyKind::Fill) => Policy::Fill,
@@ -232,7 +250,7 @@ pub(crate) fn request(placement: &PlacementArgs, size: StepSize) -> ModelRequest
             .map(|cap| (cap.device.clone(), cap.limit))
             .collect(),
         excluded: Vec::new(),
-    }
+    })
 }
 
 /// Where `opened` would go on `host`.
@@ -243,7 +261,7 @@ pub(crate) fn plan(
     size: StepSize,
 ) -> Result<ModelPlan> {
     let Opened { source, spec } = opened;
-    let request = request(placement, size);
+    let request = request(host, placement, size)?;
     let inventory = host.ledger.inventory();
     let plan = match &host.devices {
         Devices::Cpu(devices) => plan_model(source, spec, &devices[0], &inventory, &request),

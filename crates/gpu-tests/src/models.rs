@@ -6,8 +6,12 @@ use anyhow::{Context, Result, ensure};
 use oxllama_backend::{Device, PAGE_TOKENS};
 use oxllama_cuda::CudaDevice;
 use oxllama_format::{ModelSource, SafetensorsDir, TensorSource};
-use oxllama_memory::{Bytes, CacheFormat, DeviceInfo, GpuSplit, Inventory, Ledger, Policy};
-use oxllama_model::{Decoder, LoadOptions, ModelRequest, ModelSpec, Runner, StepPlan, plan_model};
+use oxllama_memory::{
+    Bytes, CacheFormat, DeviceId, DeviceInfo, GpuSplit, Inventory, Ledger, Policy,
+};
+use oxllama_model::{
+    Decoder, EmbeddingPlace, LoadOptions, ModelRequest, ModelSpec, Runner, StepPlan, plan_model,
+};
 use serde_json::Value;
 
 use crate::checks::Checks;
@@ -126,10 +130,53 @@ pub(crate) fn run(checks: &mut Checks<'_>, folder: &Path) -> Result<()> {
         "decode is the same run to run and alone or among 31 others",
         || decode_alone_and_among_others(&path, device, &books),
     );
+    checks.check("an embedding on the host gives the same bits", || {
+        // The second one's head is its embedding, which is then in both places.
+        let untied = embedding_on_the_host(&folder.join("llama2"), device, &books.0)?;
+        let tied = embedding_on_the_host(&path, device, &books.0)?;
+        Ok(format!("{untied}; tied {tied}"))
+    });
     checks.check("recorded steps give the bits of launched ones", || {
         recorded_and_launched(&path, device, &books)
     });
     Ok(())
+}
+
+/// Runs a model with its embedding on the device and on the host: the same bits, and the books say
+/// where it lies.
+fn embedding_on_the_host(
+    path: &Path,
+    device: &CudaDevice,
+    inventory: &Inventory,
+) -> Result<String> {
+    let host = DeviceInfo::new(DeviceId::cpu(0), "the host", Bytes::from_mib(64));
+    let ledger = Ledger::with_host(inventory, &host);
+    let used = |id: &DeviceId| ledger.usage(id).map(|usage| usage.used);
+    let mut logits = Vec::new();
+    let mut on_host = Bytes::ZERO;
+    for place in [EmbeddingPlace::Device, EmbeddingPlace::Host(host.clone())] {
+        let request = ModelRequest {
+            embedding: place,
+            ..request(256, 1)
+        };
+        let books = (inventory.clone(), ledger.clone());
+        let mut model = load(path, &request, device, &books)?;
+        on_host = used(&host.id).unwrap_or_default();
+        let mut found = feed(&mut model, &[9, 8, 7, 6], 0, 0)?;
+        for position in 4..12 {
+            found.extend(feed(&mut model, &[position as u32], position, 0)?);
+        }
+        logits.push(found);
+    }
+    ensure!(logits[0] == logits[1], "the numbers differ");
+    ensure!(!on_host.is_zero(), "the host holds nothing");
+    let left = (used(&host.id), used(&device.info().id));
+    let nothing = Some(Bytes::ZERO);
+    ensure!(
+        left == (nothing, nothing),
+        "the books hold {left:?} afterwards"
+    );
+    Ok(format!("{on_host} on the host"))
 }
 
 /// Decodes a sequence with every kernel launched by itself, then with steps that are recorded and

@@ -146,6 +146,8 @@ pub struct SplitError {
 /// The books of one device.
 struct Account {
     info: DeviceInfo,
+    /// Whether models are placed on it.
+    is_planned: bool,
     limit: Bytes,
     used: Bytes,
     /// Sums of live reservations; no entry is zero.
@@ -153,6 +155,16 @@ struct Account {
 }
 
 impl Account {
+    fn open(info: &DeviceInfo, is_planned: bool) -> Self {
+        Self {
+            info: info.clone(),
+            is_planned,
+            limit: info.available,
+            used: Bytes::ZERO,
+            holdings: BTreeMap::new(),
+        }
+    }
+
     fn available(&self) -> Bytes {
         self.limit.saturating_sub(self.used)
     }
@@ -206,16 +218,19 @@ pub struct Ledger {
 impl Ledger {
     /// Empty books. What a device had available is the limit of its reservations.
     pub fn new(inventory: &Inventory) -> Self {
-        let open = |info: &DeviceInfo| Account {
-            info: info.clone(),
-            limit: info.available,
-            used: Bytes::ZERO,
-            holdings: BTreeMap::new(),
-        };
-        let accounts = inventory.devices().iter().map(open).collect();
+        let devices = inventory.devices().iter();
+        let accounts = devices.map(|info| Account::open(info, true)).collect();
         Self {
             accounts: Arc::new(Mutex::new(accounts)),
         }
+    }
+
+    /// As [`Self::new`], with an account of the host's memory as well, from which devices read
+    /// some weights in place. No model is placed there: [`Self::inventory`] leaves it out.
+    pub fn with_host(inventory: &Inventory, host: &DeviceInfo) -> Self {
+        let ledger = Self::new(inventory);
+        ledger.lock().push(Account::open(host, false));
+        ledger
     }
 
     /// Empty books of a single device of which `limit` may be used.
@@ -296,13 +311,16 @@ impl Ledger {
         account.map(Account::holdings).unwrap_or_default()
     }
 
-    /// The inventory as it is now: `available` is what can still be reserved.
+    /// The devices that models are placed on as they are now: `available` is what can still be
+    /// reserved.
     pub fn inventory(&self) -> Inventory {
         let current = |account: &Account| DeviceInfo {
             available: account.available(),
             ..account.info.clone()
         };
-        Inventory::of_distinct(self.lock().iter().map(current).collect())
+        let accounts = self.lock();
+        let planned = accounts.iter().filter(|account| account.is_planned);
+        Inventory::of_distinct(planned.map(current).collect())
     }
 }
 

@@ -78,5 +78,5 @@ pub use footprint::{
 pub use ledger::{Holding, Ledger, Purpose, Reservation, Shortfall, SplitError, Usage};
 pub use plan::{
     Alternative, Asked, BindingConstraint, Change, DevicePlan, DeviceReservations, DeviceShortfall,
-    Infeasible, LimitedBy, Plan, PlanError, PlanRequest, Policy, Totals, plan,
+    HostPlan, Infeasible, LimitedBy, Plan, PlanError, PlanRequest, Policy, Totals, plan,
 };

@@ -327,3 +327,22 @@ proptest! {
         assert_balanced(&ledger, &DeviceId::cpu(0), &[]);
     }
 }
+
+#[test]
+fn the_host_has_an_account_and_is_no_device_to_plan_for() {
+    let devices = Inventory::of_one(DeviceInfo::new(DeviceId::cuda(0), "gpu", Bytes(100)));
+    let host = DeviceInfo::new(DeviceId::cpu(0), "host", Bytes(50));
+    let ledger = Ledger::with_host(&devices, &host);
+    let held = ledger
+        .reserve(&host.id, "model", Purpose::Weights, Bytes(30))
+        .unwrap();
+    let available = |ledger: &Ledger| ledger.usage(&host.id).map(|usage| usage.available);
+    assert_eq!(available(&ledger), Some(Bytes(20)));
+    assert_eq!(ledger.inventory(), devices);
+    let shortfall = ledger
+        .reserve(&host.id, "model", Purpose::Weights, Bytes(21))
+        .unwrap_err();
+    assert_eq!(shortfall.available, Bytes(20));
+    drop(held);
+    assert_eq!(available(&ledger), Some(Bytes(50)));
+}

@@ -29,7 +29,7 @@ pub use inspect::{Inspection, LinearReport, inspect};
 pub use load::{LoadOptions, LoadProgress};
 pub use lora::{AdapterId, NO_ADAPTER};
 pub use pairing::{DraftError, DraftWarning, PairedModel, TokenDifference, diagnose_draft};
-pub use plan::{Footprint, ModelPlan, ModelRequest, plan_model};
+pub use plan::{EmbeddingPlace, Footprint, ModelPlan, ModelRequest, plan_model};
 pub use reshape::CacheRequest;
 pub use rope::{RopeOverrides, RopeScaling, RopeSpec, rope};
 pub use runner::{PageCopy, Runner, RunnerLimits, StepPlan};

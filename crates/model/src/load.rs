@@ -55,6 +55,8 @@ struct Job<'a, D> {
     device: &'a D,
     stored: &'a StoredLinear,
     reservation: Reservation,
+    /// Whether it is the embedding and stays on the host.
+    is_on_host: bool,
 }
 
 /// What all parts of a load share.
@@ -88,8 +90,9 @@ impl<D: Device> Decoder<D> {
             spec: &spec,
             plan,
         };
+        let host_room = plan.memory.reserve_host(options.ledger)?;
         let mut rooms = plan.memory.reserve(options.ledger)?;
-        let linears = loader.load_linears(&weights, &devices, &mut rooms, options)?;
+        let linears = loader.load_linears(&weights, &devices, (host_room, &mut rooms), options)?;
         let stages = loader.build_stages(&weights, devices, rooms, linears)?;
         let limits = runner_limits(plan);
         let ropes = spec.ropes_for(limits.context_tokens);
@@ -108,20 +111,33 @@ impl Loader<'_> {
         &self,
         weights: &StoredWeights,
         devices: &[D],
-        rooms: &mut [DeviceReservations],
+        (mut host_room, rooms): (Option<Reservation>, &mut [DeviceReservations]),
         options: &LoadOptions<'_>,
     ) -> Result<Vec<D::Linear>, ModelError> {
         let mut jobs = Vec::new();
         let mut total = Bytes::ZERO;
+        let has_host = host_room.is_some();
         for ((device, plan), room) in devices.iter().zip(&self.plan.memory.devices).zip(rooms) {
-            for stored in device_linears(weights, plan) {
-                let bytes = device.linear_bytes(&stored.header);
-                total = total.saturating_add(bytes);
-                let reservation = carve(&mut room.weights, bytes, || stored.label())?;
+            for (place, stored) in device_linears(weights, plan, has_host).enumerate() {
+                // The embedding comes first on the device that uses it.
+                let host_room = match (place, plan.holds_embedding) {
+                    (0, true) => host_room.take(),
+                    _ => None,
+                };
+                let is_on_host = host_room.is_some();
+                let reservation = match host_room {
+                    Some(room) => room,
+                    None => {
+                        let bytes = device.linear_bytes(&stored.header);
+                        carve(&mut room.weights, bytes, || stored.label())?
+                    }
+                };
+                total = total.saturating_add(reservation.bytes());
                 jobs.push(Job {
                     device,
                     stored,
                     reservation,
+                    is_on_host,
                 });
             }
         }
@@ -129,7 +145,11 @@ impl Loader<'_> {
         let load = |job: Job<'_, D>| {
             let bytes = job.reservation.bytes().get();
             let source = job.stored.read(self.tensors, self.gptq)?;
-            let linear = job.device.load_linear(&source, job.reservation)?;
+            let linear = if job.is_on_host {
+                job.device.load_host_embedding(&source, job.reservation)?
+            } else {
+                job.device.load_linear(&source, job.reservation)?
+            };
             if let Some(progress) = options.progress {
                 let before = done.fetch_add(bytes, Ordering::Relaxed);
                 progress(LoadProgress {
@@ -188,9 +208,10 @@ impl Loader<'_> {
                 };
                 layers.push(self.build_layer(weights, index, &device, &mut room, linears)?);
             }
+            let has_host = self.plan.memory.host.is_some();
             let head = match (plan.holds_head, &weights.head, &embedding) {
                 (false, _, _) => None,
-                (true, None, Some(table)) => Some(Arc::clone(table)),
+                (true, None, Some(table)) if !has_host => Some(Arc::clone(table)),
                 (true, _, _) => Some(next()?),
             };
             let head = match head {
@@ -319,17 +340,18 @@ impl Loader<'_> {
     }
 }
 
-/// The linears that a device holds: the embedding, its layers', the head unless the device's
-/// embedding is the head.
+/// The linears that a device uses: the embedding, its layers', the head unless the device holds
+/// an embedding that is the head.
 fn device_linears<'w>(
     weights: &'w StoredWeights,
     plan: &DevicePlan,
+    has_host: bool,
 ) -> impl Iterator<Item = &'w StoredLinear> {
     let embedding = plan.holds_embedding.then_some(&weights.embedding);
     let layers = weights.layers[plan.layers.clone()].iter();
     let head = match &weights.head {
         Some(head) => plan.holds_head.then_some(head),
-        None if plan.holds_embedding => None,
+        None if plan.holds_embedding && !has_host => None,
         None => plan.holds_head.then_some(&weights.embedding),
     };
     embedding
@@ -412,12 +434,16 @@ fn check_host_memory(plan: &ModelPlan, options: &LoadOptions<'_>) -> Result<(), 
         .iter()
         .filter(|part| part.device.kind() == "cpu")
         .collect();
+    let host = plan.memory.host.as_ref();
     let needed = on_host
         .iter()
-        .fold(Bytes::ZERO, |sum, part| sum.saturating_add(part.total));
-    match on_host.first() {
-        Some(part) if needed.get() > memory.available_bytes => Err(ModelError::HostMemory {
-            device: part.device.clone(),
+        .map(|part| part.total)
+        .chain(host.map(|host| host.embedding))
+        .fold(Bytes::ZERO, Bytes::saturating_add);
+    let parts = on_host.iter().map(|part| &part.device);
+    match parts.chain(host.map(|host| &host.device)).next() {
+        Some(device) if needed.get() > memory.available_bytes => Err(ModelError::HostMemory {
+            device: device.clone(),
             needed,
             available: Bytes(memory.available_bytes),
             total: Bytes(memory.total_bytes),

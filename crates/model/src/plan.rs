@@ -4,8 +4,8 @@ use oxllama_backend::quantised::GROUP;
 use oxllama_backend::{Device, PAGE_TOKENS};
 use oxllama_format::{GptqConfig, ModelSource};
 use oxllama_memory::{
-    Bytes, CacheFormat, DeviceId, DeviceRole, Inventory, LayerFootprint, ModelFootprint, Plan,
-    PlanRequest, Policy, StepLimits, plan,
+    Bytes, CacheFormat, DeviceId, DeviceInfo, DeviceRole, HostPlan, Inventory, LayerFootprint,
+    ModelFootprint, Plan, PlanRequest, Policy, StepLimits, plan,
 };
 
 use crate::stage::{StageShape, step_rows, to_usize};
@@ -20,6 +20,19 @@ const MAX_CHUNK_TOKENS: u64 = 1 << 20;
 const MAX_BATCH: u64 = 1 << 16;
 /// Pages are numbered in 32 bits.
 const MAX_CACHE_TOKENS: u64 = (PAGE_TOKENS as u64) << 31;
+
+/// Where the embedding goes, of which a step reads only a few rows.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub enum EmbeddingPlace {
+    /// On the first device.
+    #[default]
+    Device,
+    /// In this host's memory, from which the device reads rows in place. Devices whose memory is
+    /// the host's hold it themselves all the same.
+    Host(DeviceInfo),
+    /// On the first device if everything fits there, else in this host's memory.
+    WhereItFits(DeviceInfo),
+}
 
 /// What a model shall serve, and where.
 #[derive(Debug, Clone)]
@@ -38,6 +51,8 @@ pub struct ModelRequest {
     pub logit_rows: u64,
     /// The format of the cache.
     pub cache: CacheFormat,
+    /// Where the embedding goes.
+    pub embedding: EmbeddingPlace,
     /// How layers are distributed.
     pub policy: Policy,
     /// The most to be used of single devices.
@@ -56,6 +71,7 @@ impl Default for ModelRequest {
             chunk_tokens: 512,
             logit_rows: 1,
             cache: CacheFormat::F16,
+            embedding: EmbeddingPlace::Device,
             policy: Policy::Fill,
             caps: Vec::new(),
             excluded: Vec::new(),
@@ -90,6 +106,8 @@ pub struct Footprint<'a, D> {
     device: &'a D,
     head_width: usize,
     model: ModelFootprint,
+    /// Of the embedding where the host holds it; `None` if it cannot.
+    host_embedding: Option<Bytes>,
 }
 
 impl<'a, D: Device> Footprint<'a, D> {
@@ -146,6 +164,7 @@ impl<'a, D: Device> Footprint<'a, D> {
             device,
             head_width: head.header.out_features,
             model,
+            host_embedding: device.host_embedding_bytes(&weights.embedding.header),
         }
     }
 
@@ -171,6 +190,7 @@ impl<'a, D: Device> Footprint<'a, D> {
     ///
     /// # Errors
     /// [`ModelError::Plan`]: it does not fit, with what would;
+    /// [`ModelError::HostMemory`]: the host has no room for the embedding that it is to hold;
     /// [`ModelError::UnquantisableCache`]; or the request makes no sense.
     pub fn plan(
         &self,
@@ -179,13 +199,64 @@ impl<'a, D: Device> Footprint<'a, D> {
     ) -> Result<ModelPlan, ModelError> {
         check_request(request)?;
         check_cache_format(self.spec, request.cache)?;
+        let on_devices = || self.plan_devices(&self.model, inventory, request);
+        match (&request.embedding, self.host_embedding) {
+            (EmbeddingPlace::Device, _) | (_, None) => on_devices(),
+            (EmbeddingPlace::Host(host), Some(bytes)) => {
+                self.plan_with_host(host, bytes, inventory, request)
+            }
+            (EmbeddingPlace::WhereItFits(host), Some(bytes)) => match on_devices() {
+                // What keeps it off the devices is the better answer if the host does not help.
+                Err(ModelError::Plan(error)) => self
+                    .plan_with_host(host, bytes, inventory, request)
+                    .map_err(|_| ModelError::Plan(error)),
+                planned => planned,
+            },
+        }
+    }
+
+    /// With the embedding, which takes `bytes` there, on `host`.
+    fn plan_with_host(
+        &self,
+        host: &DeviceInfo,
+        bytes: Bytes,
+        inventory: &Inventory,
+        request: &ModelRequest,
+    ) -> Result<ModelPlan, ModelError> {
+        if bytes > host.available {
+            return Err(ModelError::HostMemory {
+                device: host.id.clone(),
+                needed: bytes,
+                available: host.available,
+                total: host.capacity,
+            });
+        }
+        let without = ModelFootprint {
+            embedding: Bytes::ZERO,
+            ..self.model.clone()
+        };
+        let mut plan = self.plan_devices(&without, inventory, request)?;
+        plan.memory.host = Some(HostPlan {
+            device: host.id.clone(),
+            embedding: bytes,
+        });
+        Ok(plan)
+    }
+
+    /// Places `model`, this one or a part of it.
+    fn plan_devices(
+        &self,
+        model: &ModelFootprint,
+        inventory: &Inventory,
+        request: &ModelRequest,
+    ) -> Result<ModelPlan, ModelError> {
         let asked_logit_rows = to_usize(request.logit_rows);
         let workspace =
             |role: &DeviceRole, limits: &StepLimits| self.workspace(asked_logit_rows, role, limits);
         let memory = plan(
             inventory,
             &PlanRequest {
-                footprint: &self.model,
+                footprint: model,
                 workspace: &workspace,
                 context_tokens: request.context_tokens,
                 cache_tokens: request.cache_tokens,
@@ -300,4 +371,100 @@ fn norm_bytes(norms: &LayerNorms<StoredNorm, StoredHeadNorm>, spec: &ModelSpec) 
     let rows = norms.rows().map(|_| row_norm_bytes(spec));
     let heads = norms.heads().map(|norm| head_norm_bytes(spec, norm.heads));
     rows.chain(heads).fold(Bytes::ZERO, Bytes::saturating_add)
+}
+
+#[cfg(test)]
+mod tests {
+    use oxllama_backend::reference::ReferenceDevice;
+    use oxllama_format::SyntheticShape;
+
+    use super::*;
+
+    /// 3.5 GiB of layers at 4 bits and a half, 1,002 MiB of embedding, 380 of head.
+    const SHAPE: &str = "llama3-8b:4.0";
+
+    /// As a footprint on devices that can read an embedding which takes `on_host` there.
+    fn with_footprint(on_host: Option<Bytes>, check: impl FnOnce(&Footprint<'_, ReferenceDevice>)) {
+        let shape: SyntheticShape = SHAPE.parse().unwrap();
+        let source = ModelSource::synthetic(&shape).unwrap();
+        let spec = ModelSpec::from_config(source.config()).unwrap();
+        let device = ReferenceDevice::new(DeviceId::cuda(0));
+        let mut footprint = Footprint::read(&source, &spec, &device).unwrap();
+        footprint.host_embedding = on_host;
+        check(&footprint);
+    }
+
+    fn device(id: DeviceId, bytes: Bytes) -> DeviceInfo {
+        DeviceInfo::new(id, "a device", bytes)
+    }
+
+    fn gpu(bytes: Bytes) -> Inventory {
+        Inventory::of_one(device(DeviceId::cuda(0), bytes))
+    }
+
+    fn request(embedding: EmbeddingPlace) -> ModelRequest {
+        ModelRequest {
+            context_tokens: Some(256),
+            embedding,
+            ..ModelRequest::default()
+        }
+    }
+
+    #[test]
+    fn an_embedding_stays_on_the_host_where_it_is_asked_to_or_has_no_other_room() {
+        let on_host = Bytes::from_mib(1002);
+        let host = device(DeviceId::cpu(0), Bytes::from_gib(2));
+        with_footprint(Some(on_host), |footprint| {
+            let large = gpu(Bytes::from_gib(64));
+            let plan = |place, gpu: &Inventory| footprint.plan(gpu, &request(place));
+            let whole = plan(EmbeddingPlace::Device, &large).unwrap().memory;
+            assert_eq!(whole.host, None);
+            let split = plan(EmbeddingPlace::Host(host.clone()), &large).unwrap();
+            let split = split.memory;
+            let expected = HostPlan {
+                device: host.id.clone(),
+                embedding: on_host,
+            };
+            assert_eq!(split.host.as_ref(), Some(&expected));
+            let embedding = footprint.model().embedding;
+            assert_eq!(
+                whole.totals.weights,
+                split.totals.weights.saturating_add(embedding)
+            );
+            let text = split.to_string();
+            assert!(
+                text.contains("1002.00 MiB of cpu:0 hold the embedding"),
+                "{text}"
+            );
+
+            let anywhere = || EmbeddingPlace::WhereItFits(host.clone());
+            let large = plan(anywhere(), &large).unwrap().memory;
+            assert_eq!(large, whole);
+            let small = gpu(whole.totals.total.saturating_sub(Bytes(1)));
+            let small = plan(anywhere(), &small).unwrap().memory;
+            assert_eq!(small.host, Some(expected));
+            let tiny = gpu(Bytes::from_gib(1));
+            let error = plan(anywhere(), &tiny).unwrap_err();
+            assert!(matches!(error, ModelError::Plan(_)), "{error}");
+        });
+    }
+
+    #[test]
+    fn a_host_without_room_is_named_and_one_that_is_the_device_is_not_asked() {
+        let host = device(DeviceId::cpu(0), Bytes::from_gib(1));
+        let on_host = EmbeddingPlace::Host(host.clone());
+        let gpu = gpu(Bytes::from_gib(64));
+        with_footprint(Some(Bytes::from_gib(2)), |footprint| {
+            match footprint.plan(&gpu, &request(on_host.clone())) {
+                Err(ModelError::HostMemory { device, needed, .. }) => {
+                    assert_eq!((device, needed), (host.id.clone(), Bytes::from_gib(2)));
+                }
+                other => panic!("{other:?}"),
+            }
+        });
+        with_footprint(None, |footprint| {
+            let plan = footprint.plan(&gpu, &request(on_host)).unwrap();
+            assert_eq!(plan.memory.host, None);
+        });
+    }
 }

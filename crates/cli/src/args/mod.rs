@@ -14,7 +14,9 @@ pub(crate) use answer::{AnswerArgs, ConstraintArgs};
 pub(crate) use bench::{BenchArgs, SynthArgs};
 pub(crate) use engine::{EngineArgs, LoraArg};
 pub(crate) use generate::{ChatArgs, GenerateArgs, MOST_CHOICES};
-pub(crate) use placement::{CacheKind, DeviceKind, ModelArgs, PlacementArgs, PolicyKind};
+pub(crate) use placement::{
+    CacheKind, DeviceKind, EmbeddingKind, ModelArgs, PlacementArgs, PolicyKind,
+};
 
 /// Run EXL2 language models (and GPTQ, FP16/BF16, GGUF) with every byte planned.
 #[derive(Debug, Parser)]

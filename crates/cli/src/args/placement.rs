@@ -50,6 +50,12 @@ pub(crate) struct PlacementArgs {
     #[arg(long, value_enum, default_value_t = CacheKind::Fp16, help_heading = "Placement")]
     pub(crate) cache: CacheKind,
 
+    /// Where the embedding goes, of which a step reads only a few rows: on the GPU if everything
+    /// fits there and else in the host's memory, where the GPU reads it in place; or one of the
+    /// two
+    #[arg(long, value_enum, default_value_t = EmbeddingKind::Auto, help_heading = "Placement")]
+    pub(crate) embedding: EmbeddingKind,
+
     /// How layers are laid over several devices: one after the other, or for equal step times
     #[arg(long, value_enum, default_value_t = PolicyKind::Fill, help_heading = "Placement")]
     pub(crate) policy: PolicyKind,
@@ -101,6 +107,13 @@ pub(crate) enum CacheKind {
     Q8,
     Q6,
     Q4,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum EmbeddingKind {
+    Auto,
+    Device,
+    Host,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

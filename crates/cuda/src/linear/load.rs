@@ -11,12 +11,12 @@ use oxllama_backend::DeviceError;
 use oxllama_format::{DType, Exl2Linear, FloatLinear, GptqLinear, LinearSource};
 use oxllama_memory::{Bytes, Reservation};
 
-use super::CudaLinear;
 use super::layout::{
     BLOCK_INPUTS, Layout, MOST_BLOCKS, TILE_OUTPUTS, UNIT_BYTES, block_table, groups, section_ends,
 };
 use super::plan::{Plan, most_shared_bytes};
 use super::ranges::range_table;
+use super::{CudaLinear, LinearMemory};
 use crate::buffer::CudaBuffer;
 use crate::context::Context;
 use crate::device::CudaDevice;
@@ -572,7 +572,7 @@ impl CudaDevice {
             bias: if header.bias { at(layout.bias) } else { None },
             plan,
             layout,
-            _buffer: buffer,
+            _memory: LinearMemory::Device(buffer),
         })
     }
 }

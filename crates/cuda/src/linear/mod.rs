@@ -1,6 +1,7 @@
 //! Linear weights on the device, and products with them.
 
 mod blaslt;
+mod host;
 mod launch;
 mod layout;
 mod load;
@@ -20,6 +21,7 @@ use crate::device::CudaDevice;
 use crate::elementwise::EmbedTable;
 use crate::prepare::{MOST_PREPARED, Prepare, PreparedRows};
 use crate::step::CudaWorkspace;
+use crate::stream::PinnedBuffer;
 pub(crate) use blaslt::{BlasLt, Product};
 pub(crate) use launch::LinearKernels;
 use launch::Operand;
@@ -47,7 +49,15 @@ pub struct CudaLinear {
     /// f32 `[out_features]`
     bias: Option<CUdeviceptr>,
     /// Where all of it lies.
-    _buffer: CudaBuffer,
+    _memory: LinearMemory,
+}
+
+/// Memory that kernels read weights from, kept for as long as they do.
+#[derive(Debug)]
+enum LinearMemory {
+    Device(#[expect(dead_code, reason = "held, not read")] CudaBuffer),
+    /// Page-locked, which the device reads over the bus.
+    Host(#[expect(dead_code, reason = "held, not read")] (PinnedBuffer, Reservation)),
 }
 
 /// A number that stands for an order of inputs.
@@ -201,6 +211,18 @@ impl LinearOps for CudaDevice {
         reservation: Reservation,
     ) -> Result<CudaLinear, DeviceError> {
         self.load(source, reservation)
+    }
+
+    fn host_embedding_bytes(&self, header: &LinearHeader) -> Option<Bytes> {
+        Some(self.linear_bytes(header))
+    }
+
+    fn load_host_embedding(
+        &self,
+        source: &LinearSource<'_>,
+        reservation: Reservation,
+    ) -> Result<CudaLinear, DeviceError> {
+        self.load_on_host(source, reservation)
     }
 
     fn linear_shape(&self, weights: &CudaLinear) -> (usize, usize) {

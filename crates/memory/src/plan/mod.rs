@@ -178,6 +178,15 @@ pub struct Totals {
     pub total: Bytes,
 }
 
+/// What stays in the host's memory, where a device reads it in place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct HostPlan {
+    /// The host's name among the accounts of the ledger.
+    pub device: DeviceId,
+    /// Bytes of the embedding.
+    pub embedding: Bytes,
+}
+
 /// What goes on which device, for which purpose. Displays as a table.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Plan {
@@ -187,6 +196,10 @@ pub struct Plan {
     pub devices: Vec<DevicePlan>,
     /// Sums over them.
     pub totals: Totals,
+    /// The embedding, where no device holds it. [`plan`] leaves this open: a caller that keeps
+    /// the embedding on the host plans a footprint without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostPlan>,
     /// Devices of the inventory that hold nothing.
     pub unused: Vec<DeviceId>,
     /// Tokens of context of each sequence.
@@ -227,6 +240,17 @@ impl Plan {
             })
         };
         self.devices.iter().map(reserve_device).collect()
+    }
+
+    /// Reserves what stays on the host; `None` where nothing does.
+    ///
+    /// # Errors
+    /// [`Shortfall`]: the host has less, or the ledger no account of it.
+    pub fn reserve_host(&self, ledger: &Ledger) -> Result<Option<Reservation>, Shortfall> {
+        let reserve = |host: &HostPlan| {
+            ledger.reserve(&host.device, &self.model, Purpose::Weights, host.embedding)
+        };
+        self.host.as_ref().map(reserve).transpose()
     }
 }
 
@@ -567,6 +591,7 @@ fn describe(
         model: request.footprint.name.clone(),
         devices,
         totals,
+        host: None,
         unused,
         context_tokens: step.context_tokens,
         cache_tokens: step.cache_tokens,

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::infeasible::Infeasible;
-use super::{DevicePlan, LimitedBy, Plan, Policy};
+use super::{DevicePlan, HostPlan, LimitedBy, Plan, Policy};
 use crate::device::GpuSplit;
 
 impl fmt::Display for Policy {
@@ -65,9 +65,9 @@ fn cells<const N: usize>(cells: [&dyn fmt::Display; N]) -> Vec<String> {
 }
 
 /// `"embedding, layers 0-15, head"`.
-fn parts(device: &DevicePlan) -> String {
+fn parts(device: &DevicePlan, host: Option<&HostPlan>) -> String {
     let mut parts = Vec::new();
-    if device.holds_embedding {
+    if device.holds_embedding && host.is_none() {
         parts.push("embedding".to_owned());
     }
     match device.layers.len() {
@@ -99,7 +99,7 @@ impl fmt::Display for Plan {
         for device in &self.devices {
             rows.push(cells([
                 &device.device,
-                &parts(device),
+                &parts(device, self.host.as_ref()),
                 &device.weights,
                 &device.kv_cache,
                 &device.workspace,
@@ -120,6 +120,13 @@ impl fmt::Display for Plan {
             ]));
         }
         write_columns(formatter, &rows, 2)?;
+        if let Some(host) = &self.host {
+            writeln!(
+                formatter,
+                "{} of {} hold the embedding, which is read in place",
+                host.embedding, host.device
+            )?;
+        }
         if !self.unused.is_empty() {
             let unused: Vec<String> = self.unused.iter().map(ToString::to_string).collect();
             writeln!(formatter, "not used: {}", unused.join(", "))?;
