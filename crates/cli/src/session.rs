@@ -113,10 +113,12 @@ fn open_gpus(found: Result<Vec<GpuInfo>, CudaUnavailable>) -> Result<(Inventory,
     let mut infos = Vec::new();
     let mut refused = None;
     for gpu in gpus {
-        match CudaDevice::open(&gpu) {
-            Ok(device) => {
+        let opened = CudaDevice::open(&gpu).map_err(anyhow::Error::new);
+        let opened = opened.and_then(|device| Ok((device.free_memory()?, device)));
+        match opened {
+            Ok((free, device)) => {
                 let mut info = DeviceInfo::new(gpu.id.clone(), gpu.name.clone(), gpu.memory);
-                info.available = device.free_memory()?.saturating_sub(DRIVER_RESERVE);
+                info.available = free.saturating_sub(DRIVER_RESERVE);
                 infos.push(info);
                 devices.push(device);
             }
@@ -124,7 +126,7 @@ fn open_gpus(found: Result<Vec<GpuInfo>, CudaUnavailable>) -> Result<(Inventory,
         }
     }
     match refused {
-        Some(error) if devices.is_empty() => Err(error).context(WITHOUT),
+        Some(error) if devices.is_empty() => Err(error.context(WITHOUT)),
         _ => Ok((Inventory::new(infos)?, devices)),
     }
 }

@@ -136,18 +136,6 @@ pub(crate) struct Inbox {
     pub(crate) ended_by: Option<Arc<EngineError>>,
 }
 
-impl Inbox {
-    /// Why nothing more is taken.
-    fn closed(&self) -> EngineError {
-        match &self.ended_by {
-            Some(cause) => EngineError::Ended {
-                cause: Arc::clone(cause),
-            },
-            None => EngineError::Closed,
-        }
-    }
-}
-
 /// How far an engine's life has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
@@ -434,12 +422,14 @@ impl Engine {
         let (reply, answer) = sync_channel(1);
         let mut inbox = self.shared.lock();
         if inbox.phase == Phase::Closed {
-            return Err(inbox.closed());
+            return Err(EngineError::closed(inbox.ended_by.as_ref()));
         }
         inbox.commands.push(command(reply));
         drop(inbox);
         self.shared.notify();
-        answer.recv().map_err(|_| self.shared.lock().closed())
+        answer
+            .recv()
+            .map_err(|_| EngineError::closed(self.shared.lock().ended_by.as_ref()))
     }
 
     fn check(&self, job: &Job) -> Result<(), EngineError> {
@@ -524,7 +514,7 @@ impl Engine {
         let shared = &self.shared;
         let mut inbox = shared.lock();
         if inbox.phase != Phase::Open {
-            return Err(inbox.closed());
+            return Err(EngineError::closed(inbox.ended_by.as_ref()));
         }
         inbox
             .limits

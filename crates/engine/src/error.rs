@@ -215,6 +215,13 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// Why an engine takes nothing more; `cause` ended it, where nobody asked it to end.
+    pub(crate) fn closed(cause: Option<&Arc<Self>>) -> Self {
+        cause.map_or(Self::Closed, |cause| Self::Ended {
+            cause: Arc::clone(cause),
+        })
+    }
+
     /// Whether a device that the model needs accepts nothing more.
     pub(crate) fn is_final(&self) -> bool {
         let Self::Model(ModelError::Device(error)) = self else {

@@ -3,7 +3,7 @@
 use std::ffi::{c_char, c_int};
 
 use crate::state::{
-    Call, Code, Context, INVALID_DEVICE, NO_DEVICE, State, call, call_on, give, give_text,
+    Call, Code, Context, INVALID_DEVICE, NO_DEVICE, SUCCESS, State, call, call_on, give, give_text,
 };
 
 /// A function that needs no context.
@@ -13,9 +13,10 @@ fn describe(name: &str, body: impl FnOnce(&mut State) -> Result<(), Code>) -> Co
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuInit(_flags: u32) -> Code {
-    describe("cuInit", |state| match state.devices {
-        0 => Err(NO_DEVICE),
-        _ => Ok(()),
+    describe("cuInit", |state| match (state.init_code, state.devices) {
+        (SUCCESS, 0) => Err(NO_DEVICE),
+        (SUCCESS, _) => Ok(()),
+        (code, _) => Err(code),
     })
 }
 

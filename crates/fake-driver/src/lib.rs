@@ -13,6 +13,7 @@
 //! | `devices=2` | GPUs, of 1 GiB each unless `memory=BYTES` says otherwise |
 //! | `capability=8.0` | compute capability |
 //! | `driver=13000` | the version that the driver says it is of |
+//! | `init=803` | what starting the driver is answered with |
 //! | `others=BYTES` | memory of every GPU that another process holds |
 //! | `nvml=off` | NVML does not start |
 //! | `fault=NAME:AFTER:CODE` | after AFTER calls of the function (or of `any` one) the next fails |

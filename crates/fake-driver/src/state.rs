@@ -81,6 +81,7 @@ pub(crate) struct State {
     pub(crate) others_bytes: usize,
     pub(crate) capability: (i32, i32),
     pub(crate) driver_version: i32,
+    pub(crate) init_code: Code,
     pub(crate) has_management: bool,
     pub(crate) contexts: Vec<Context>,
     /// By address.
@@ -140,6 +141,7 @@ impl State {
             others_bytes: 0,
             capability: (9, 0),
             driver_version: 13_000,
+            init_code: SUCCESS,
             has_management: true,
             contexts: Vec::new(),
             memory: BTreeMap::new(),
@@ -177,6 +179,7 @@ impl State {
             "memory" => self.memory_bytes = value.parse().ok()?,
             "others" => self.others_bytes = value.parse().ok()?,
             "driver" => self.driver_version = value.parse().ok()?,
+            "init" => self.init_code = value.parse().ok()?,
             "nvml" => self.has_management = value != "off",
             "capability" => {
                 let (major, minor) = value.split_once('.')?;

@@ -7,6 +7,7 @@ mod batch;
 mod chat;
 mod generate;
 mod golden;
+mod gpu;
 mod hostile;
 mod measure;
 mod plan;
