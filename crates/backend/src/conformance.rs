@@ -19,6 +19,7 @@
 //! ```
 
 mod attention;
+mod draws;
 mod elementwise;
 mod kept;
 mod linear;
@@ -177,6 +178,7 @@ pub fn run_selected<D: Device>(
     elementwise::run(&mut suite)?;
     linear::run(&mut suite)?;
     attention::run(&mut suite)?;
+    draws::run(&mut suite)?;
     suite.case("memory: every byte is given back".to_owned(), 0.0, |_| {
         Ok(if held(ledger) == before { 0.0 } else { 1.0 })
     })?;
@@ -294,6 +296,7 @@ impl<D: Device> Bench<'_, D> {
             pages_per_sequence: pages,
             max_in_features: widest,
             max_out_features: widest,
+            draw_width: 0,
             heads: 1,
             kv_heads: 1,
             head_dim: 32,
@@ -309,6 +312,8 @@ impl<D: Device> Bench<'_, D> {
             page_tables: &page_table,
             pages_per_sequence: pages,
             logit_rows: &[],
+            draws: &[],
+            changes: &[],
         };
         self.device.begin_step(&batch, &[], &mut workspace)?;
         Ok(workspace)

@@ -21,6 +21,7 @@
 
 mod buffer;
 pub mod conformance;
+mod draw;
 mod error;
 mod ops;
 pub mod quantised;
@@ -28,6 +29,7 @@ pub mod reference;
 mod step;
 
 pub use buffer::HostBuffer;
+pub use draw::{Draw, DrawKinds, DrawLimits, FIRST_RANKS, LogitChange, NOT_FINITE, NOTHING_LEFT};
 pub use error::{DeviceError, MemoryState, ProcessMemory};
 pub use ops::{
     Activation, AttentionArgs, AttentionOps, CacheShape, Device, DeviceMemory, ElementwiseOps,

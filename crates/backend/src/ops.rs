@@ -6,7 +6,7 @@
 use oxllama_format::{LinearHeader, LinearSource};
 use oxllama_memory::{Bytes, CacheFormat, DeviceId, Reservation};
 
-use crate::{DeviceError, HeadLayout, Rope, SequenceKey, StepBatch, WorkspaceShape};
+use crate::{DeviceError, DrawLimits, HeadLayout, Rope, SequenceKey, StepBatch, WorkspaceShape};
 
 /// Allocation and transfer.
 pub trait DeviceMemory: Send + Sync + 'static {
@@ -568,9 +568,42 @@ pub trait ElementwiseOps: StepOps {
     /// # Errors
     /// The device failed.
     fn finish_logits(&self, logits: &mut Self::Buffer, args: LogitArgs) -> Result<(), DeviceError>;
+
+    /// The largest draws that the device makes by itself from rows of `width` logits; `None`:
+    /// it makes none, and whoever wants tokens reads logits.
+    fn draw_limits(&self, _width: usize) -> Option<DrawLimits> {
+        None
+    }
+
+    /// Enqueues the step's [`StepBatch::draws`] from the last so many rows of finished logits, for
+    /// [`Self::drawn_tokens`]. The logits are as before afterwards.
+    ///
+    /// # Errors
+    /// The device failed. A device without [`Self::draw_limits`] is never asked.
+    fn draw_tokens(
+        &self,
+        _logits: &mut Self::Buffer,
+        _args: LogitArgs,
+        _workspace: &mut Self::Workspace,
+    ) -> Result<(), DeviceError> {
+        unreachable!("only a device that draws is asked to")
+    }
+
+    /// The tokens of [`Self::draw_tokens`], in the draws' order, after everything enqueued
+    /// before; where none can be drawn, [`NOT_FINITE`](crate::NOT_FINITE) or
+    /// [`NOTHING_LEFT`](crate::NOTHING_LEFT).
+    ///
+    /// # Errors
+    /// The device failed.
+    fn drawn_tokens<'a>(
+        &self,
+        _workspace: &'a mut Self::Workspace,
+    ) -> Result<&'a [u32], DeviceError> {
+        Ok(&[])
+    }
 }
 
-/// How [`ElementwiseOps::finish_logits`] treats a block of logits.
+/// A block of logits, and how [`ElementwiseOps::finish_logits`] treats it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LogitArgs {
     /// Rows of logits.

@@ -6,6 +6,7 @@
 //! are decoded once at load, and stored such that the loop over outputs is the inner one.
 
 mod attention;
+mod draw;
 mod elementwise;
 mod linear;
 mod memory;
@@ -13,6 +14,7 @@ mod norm;
 
 use oxllama_memory::DeviceId;
 
+pub use draw::draw;
 pub use linear::ReferenceLinear;
 pub use memory::ReferenceWorkspace;
 

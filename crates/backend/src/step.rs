@@ -2,7 +2,7 @@
 
 use oxllama_memory::DeviceId;
 
-use crate::DeviceError;
+use crate::{DeviceError, Draw, DrawKinds, LogitChange};
 
 /// How rotary pairs are formed from a head's dimensions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,6 +51,10 @@ pub struct StepBatch<'a> {
     pub pages_per_sequence: usize,
     /// Rows whose logits are wanted, in the order in which they are wanted; may be empty.
     pub logit_rows: &'a [u32],
+    /// Draws from the last so many of `logit_rows`, in their order.
+    pub draws: &'a [Draw],
+    /// The changes that draws name.
+    pub changes: &'a [LogitChange],
 }
 
 /// What, besides the step's inputs, makes one sequence of operations differ from another: two
@@ -62,6 +66,8 @@ pub struct SequenceKey {
     pub rows: usize,
     /// Rows of the step whose logits are wanted.
     pub logit_rows: usize,
+    /// Kinds of the step's draws.
+    pub draws: DrawKinds,
     /// Changes whenever a buffer that the sequence works on has been replaced.
     pub generation: u64,
 }
@@ -99,6 +105,9 @@ pub struct WorkspaceShape {
     pub max_in_features: usize,
     /// Widest output of any linear, the head included.
     pub max_out_features: usize,
+    /// Columns of the logits that tokens are drawn from, one row of each sequence at most; 0:
+    /// none are, and a step's draws are another device's.
+    pub draw_width: usize,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads.
@@ -134,6 +143,11 @@ impl WorkspaceShape {
             ("positions", batch.positions.len(), rows),
             ("row sequences", batch.row_sequences.len(), rows),
             ("rows with logits", batch.logit_rows.len(), rows),
+            (
+                "draws",
+                batch.draws.len(),
+                batch.logit_rows.len().min(self.sequences),
+            ),
             ("as the last row with logits", end(batch.logit_rows), rows),
             ("sequences", batch.sequences(), self.sequences),
             ("pages per sequence", pages, self.pages_per_sequence),

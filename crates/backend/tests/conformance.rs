@@ -55,12 +55,14 @@ fn every_fault_is_found_and_nothing_else() {
             || (name.starts_with("gated linear ") && name.ends_with("GeluErf"))
             || name.starts_with("attention window ")
             || name.starts_with("row independence: linear ")
+            || name.starts_with("32 draws of ")
     };
     let may_fail = |name: &str| {
         must_fail(name)
             || name.contains("norm ")
             || name.contains("GeluErf")
             || name.starts_with("attention all at once")
+            || name.contains(" draws of ")
     };
     let (device, ledger) = small_device();
     let mut wrong = Vec::new();

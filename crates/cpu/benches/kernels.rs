@@ -61,6 +61,7 @@ impl Product {
             pages_per_sequence: rows.div_ceil(256),
             max_in_features: IN_FEATURES,
             max_out_features: OUT_FEATURES,
+            draw_width: 0,
             heads: 1,
             kv_heads: 1,
             head_dim: 16,
@@ -77,6 +78,8 @@ impl Product {
             page_tables: &pages,
             pages_per_sequence: pages.len(),
             logit_rows: &[],
+            draws: &[],
+            changes: &[],
         };
         let begun = device.begin_step(&batch, &[], &mut workspace);
         begun.expect("the step fits");

@@ -178,6 +178,7 @@ fn main() {
         pages_per_sequence: pages,
         max_in_features: INTERMEDIATE,
         max_out_features: VOCABULARY,
+        draw_width: 0,
         heads: HEADS,
         kv_heads: KV_HEADS,
         head_dim: HEAD_DIM,
@@ -219,6 +220,8 @@ fn main() {
             page_tables: &page_table,
             pages_per_sequence: pages,
             logit_rows: &[],
+            draws: &[],
+            changes: &[],
         };
         bench
             .device

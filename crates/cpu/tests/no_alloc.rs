@@ -94,6 +94,7 @@ fn a_step_allocates_nothing() {
             pages_per_sequence: 1,
             max_in_features: INTERMEDIATE,
             max_out_features: INTERMEDIATE,
+            draw_width: 0,
             heads: HEADS,
             kv_heads: KV_HEADS,
             head_dim: HEAD_DIM,
@@ -119,6 +120,8 @@ fn a_step_allocates_nothing() {
                 page_tables: &[0, 1],
                 pages_per_sequence: 1,
                 logit_rows: &[],
+                draws: &[],
+                changes: &[],
             };
             // Once to warm up, once to count.
             let mut step = || {

@@ -13,7 +13,8 @@ use std::time::Instant;
 
 use half::f16;
 use oxllama_backend::{
-    DeviceMemory, LinearOps, LinearOutput, NormLinears, SequenceKey, StepOps, WorkspaceShape,
+    DeviceMemory, DrawKinds, LinearOps, LinearOutput, NormLinears, SequenceKey, StepOps,
+    WorkspaceShape,
 };
 use oxllama_cuda::{CudaBuffer, CudaDevice, CudaLinear, gpus};
 use oxllama_format::{
@@ -267,6 +268,7 @@ impl Bench {
             pages_per_sequence: 1,
             max_in_features: product.in_features,
             max_out_features: widest.unwrap_or(0),
+            draw_width: 0,
             heads: 1,
             kv_heads: 1,
             head_dim: 32,
@@ -284,6 +286,7 @@ impl Bench {
         let key = SequenceKey {
             rows,
             logit_rows: 0,
+            draws: DrawKinds::None,
             generation: 0,
         };
         let mut best = f64::INFINITY;

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::job::{Event, FinishReason, Job, Timings, Usage};
+use oxllama_backend::{Draw, DrawLimits, LogitChange, NOT_FINITE, NOTHING_LEFT};
+
+use crate::job::{Event, FinishReason, Job, Timings, TokenLogprob, Usage};
 use crate::output::{Output, Pushed};
 use crate::speculate::DraftLength;
 use crate::stream::EventSender;
@@ -136,6 +138,59 @@ impl Active {
         }
     }
 
+    /// The next token as a draw that a device with `limits` can make, whose changes are added to
+    /// `changes`. `None` where the host must see the logits.
+    pub(crate) fn device_draw(
+        &mut self,
+        limits: &DrawLimits,
+        changes: &mut Vec<LogitChange>,
+    ) -> Option<Draw> {
+        let Job {
+            sampling,
+            logprobs,
+            return_logits,
+            guidance,
+            max_new_tokens,
+            min_new_tokens,
+            ..
+        } = &self.job;
+        let place = self.output.tokens();
+        let shows_logits = logprobs.is_some() || *return_logits || guidance.is_some();
+        let has_mask = self.constraint.is_some()
+            || (self.healing.is_some() && place == 0)
+            || self.allowed.bans.contains_key(&place)
+            || place < *min_new_tokens;
+        // How many tokens are guessed depends on the neighbours, and rows of guesses are the host's:
+        // a job draws in one place throughout, unless both draw the same to the last bit.
+        let is_guessed = self.draft_length.may_guess() && !sampling.is_greedy();
+        if shows_logits || has_mask || is_guessed || *max_new_tokens == 0 {
+            return None;
+        }
+        self.sampler.device_draw(limits, place as u64, changes)
+    }
+
+    /// Goes on with what the device drew.
+    pub(crate) fn take_drawn(
+        &mut self,
+        drawn: u32,
+        context_tokens: usize,
+        new_tokens: &mut Vec<u32>,
+    ) -> Outcome {
+        let drawn = match drawn {
+            NOT_FINITE => Err(SampleError::NotFinite),
+            NOTHING_LEFT if self.job.sampling.logit_bias.is_empty() => Err(SampleError::NotFinite),
+            NOTHING_LEFT => Err(SampleError::NothingAllowed),
+            token_id => Ok(token_id),
+        };
+        match drawn {
+            Ok(token_id) => {
+                let outcome = self.take_token((token_id, None, None), context_tokens, new_tokens);
+                outcome.unwrap_or(Outcome::Continues)
+            }
+            Err(error) => Outcome::Fails(self.located(error)),
+        }
+    }
+
     /// Draws from `logits`, f32 `[rows, vocab_size]`: the rows after the last token and after
     /// each of `drafts`, as long as the drafts are what is drawn. The tokens that follow the
     /// sequence are added to `new_tokens`.
@@ -155,34 +210,12 @@ impl Active {
                 Ok(token_id) => token_id,
                 Err(error) => return Outcome::Fails(error),
             };
-            if self.job.stop_token_ids.contains(&token_id) {
-                return Outcome::Finishes(FinishReason::Stop);
-            }
             let top = self.job.logprobs;
             let logprob = top.map(|top| token_logprobs(logits, token_id, top));
             let raw = self.job.return_logits.then(|| logits.to_vec());
-            match self.output.push(token_id, logprob, raw) {
-                Pushed::Banned { first_token } => return self.rewind(first_token),
-                Pushed::Stopped => {
-                    new_tokens.push(token_id);
-                    return Outcome::Finishes(FinishReason::Stop);
-                }
-                Pushed::Continues => {}
-            }
-            new_tokens.push(token_id);
-            self.sampler.observe(token_id);
-            if let Some(constraint) = &mut self.constraint {
-                if let Err(error) = constraint.accept(token_id) {
-                    return Outcome::Fails(error.into());
-                }
-                if constraint.is_complete() {
-                    return Outcome::Finishes(FinishReason::Stop);
-                }
-            }
-            let longest = self.prompt_tokens.iter().copied().max().unwrap_or(0);
-            let fills_context = longest + self.output.tokens() > context_tokens;
-            if self.tokens_left() == 0 || fills_context {
-                return Outcome::Finishes(FinishReason::Length);
+            let drawn = (token_id, logprob, raw);
+            if let Some(outcome) = self.take_token(drawn, context_tokens, new_tokens) {
+                return outcome;
             }
             if drafts.get(row) != Some(&token_id) {
                 break;
@@ -191,16 +224,55 @@ impl Active {
         Outcome::Continues
     }
 
+    /// Makes a drawn token part of the answer; `None`: the job goes on after it.
+    fn take_token(
+        &mut self,
+        (token_id, logprob, raw): (u32, Option<TokenLogprob>, Option<Vec<f32>>),
+        context_tokens: usize,
+        new_tokens: &mut Vec<u32>,
+    ) -> Option<Outcome> {
+        if self.job.stop_token_ids.contains(&token_id) {
+            return Some(Outcome::Finishes(FinishReason::Stop));
+        }
+        match self.output.push(token_id, logprob, raw) {
+            Pushed::Banned { first_token } => return Some(self.rewind(first_token)),
+            Pushed::Stopped => {
+                new_tokens.push(token_id);
+                return Some(Outcome::Finishes(FinishReason::Stop));
+            }
+            Pushed::Continues => {}
+        }
+        new_tokens.push(token_id);
+        self.sampler.observe(token_id);
+        if let Some(constraint) = &mut self.constraint {
+            if let Err(error) = constraint.accept(token_id) {
+                return Some(Outcome::Fails(error.into()));
+            }
+            if constraint.is_complete() {
+                return Some(Outcome::Finishes(FinishReason::Stop));
+            }
+        }
+        let longest = self.prompt_tokens.iter().copied().max().unwrap_or(0);
+        let fills_context = longest + self.output.tokens() > context_tokens;
+        let is_full = self.tokens_left() == 0 || fills_context;
+        is_full.then_some(Outcome::Finishes(FinishReason::Length))
+    }
+
     fn draw_token(&mut self, row: usize, logits: &[f32]) -> Result<u32, EngineError> {
         let place = self.output.tokens();
-        let position = self.prompt_tokens[0] + place - 1;
         let is_masked = self.set_mask(row, place)?;
         let mask = is_masked.then_some(&self.allowed.mask);
         let drawn = self.sampler.sample(logits, mask, place as u64);
-        drawn.map_err(|error| match error {
+        drawn.map_err(|error| self.located(error))
+    }
+
+    /// Why the next token cannot be drawn, with the position that it was to be drawn from.
+    fn located(&self, error: SampleError) -> EngineError {
+        let position = self.prompt_tokens[0] + self.output.tokens() - 1;
+        match error {
             SampleError::NotFinite => EngineError::NotFinite { position },
             SampleError::NothingAllowed => EngineError::NothingAllowed { position },
-        })
+        }
     }
 
     /// Sets the mask for the token at `place` of the answer; false: every token may be drawn.

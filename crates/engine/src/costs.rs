@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use oxllama_backend::PAGE_TOKENS;
+use oxllama_backend::{Draw, PAGE_TOKENS};
 use oxllama_model::{ModelError, Runner, StepPlan};
 use serde::Serialize;
 
@@ -87,6 +87,10 @@ fn time_step(runner: &mut dyn Runner, rows: usize, first: usize) -> Result<f64, 
         ..StepPlan::default()
     };
     step.push_sequence(std::iter::repeat_n(0, rows), first, 0..pages as u32, 1);
+    if runner.limits().draws.is_some() {
+        step.draws
+            .push(Draw::greedy(runner.spec().vocab_size as u32));
+    }
     let mut fastest = f64::INFINITY;
     for _ in 0..REPEATS {
         let start = Instant::now();

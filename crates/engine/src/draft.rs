@@ -151,7 +151,7 @@ impl DraftModel {
             self.computed.insert(id, total);
         }
         let vocab_size = self.runner.spec().vocab_size;
-        let logits = self.runner.run(&self.plan)?;
+        let logits = self.runner.run(&self.plan)?.logits;
         for (guess, logits) in going.iter_mut().zip(logits.chunks_exact(vocab_size)) {
             let drawn = jobs.get_mut(&guess.part.job).map(|active| {
                 let place = active.output.tokens() + guess.tokens.len();

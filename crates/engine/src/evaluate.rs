@@ -181,7 +181,7 @@ fn run_chunk<'r>(
     };
     let tokens = token_ids.iter().copied();
     step.push_sequence(tokens, first, 0..pages as u32, token_ids.len());
-    Ok(runner.run(&step)?)
+    Ok(runner.run(&step)?.logits)
 }
 
 /// Fills `log_probs` and returns the index of the largest logit.

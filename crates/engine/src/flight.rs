@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use oxllama_model::{AdapterId, ModelError, NO_ADAPTER, StepPlan};
+use oxllama_backend::DrawLimits;
+use oxllama_model::{AdapterId, ModelError, NO_ADAPTER, StepOutput, StepPlan};
 
 use crate::active::{Active, Outcome};
 use crate::draft::DraftModel;
@@ -10,6 +11,14 @@ use crate::job::{Event, FinishReason, Speculation};
 use crate::scheduler::{JobId, Scheduler, Step, StepPart};
 use crate::speculate::ngram_drafts;
 use crate::{EngineError, mix_guidance};
+
+/// What a step gives one of its jobs.
+enum JobOutput<'a> {
+    /// f32 `[logit rows of its parts, vocab_size]`
+    Logits(&'a [f32]),
+    /// What the device drew.
+    Drawn(u32),
+}
 
 /// Everything that the engine's thread has but for the model: so a step's logits, which belong
 /// to the model, can be read while this changes.
@@ -24,6 +33,10 @@ pub(crate) struct Flight {
     mixed: Vec<f32>,
     /// Scratch: tokens that a job has drawn in this step.
     new_tokens: Vec<u32>,
+    /// Jobs whose tokens the device draws in this step, in the order of its parts.
+    drawn_jobs: Vec<JobId>,
+    /// Scratch: the rows that the device draws from.
+    drawn_rows: Vec<u32>,
 }
 
 impl Flight {
@@ -36,6 +49,8 @@ impl Flight {
             ended: Vec::new(),
             mixed: Vec::new(),
             new_tokens: Vec::new(),
+            drawn_jobs: Vec::new(),
+            drawn_rows: Vec::new(),
         }
     }
 
@@ -72,9 +87,10 @@ impl Flight {
         }
     }
 
-    /// Writes the step as a model runs it.
-    pub(crate) fn fill(&self, plan: &mut StepPlan) {
+    /// Writes the step as a model runs it, which draws within `limits`.
+    pub(crate) fn fill(&mut self, plan: &mut StepPlan, limits: Option<DrawLimits>) {
         self.scheduler.fill(&self.step, plan);
+        self.fill_draws(plan, limits);
         let adapter = |part: &StepPart| self.jobs.get(&part.job)?.job.adapter;
         let parts = &self.step.parts;
         if parts.iter().any(|part| adapter(part).is_some()) {
@@ -83,6 +99,33 @@ impl Flight {
                 .map(|part| adapter(part).map_or(NO_ADAPTER, AdapterId::get));
             plan.sequence_adapters.extend(ids);
         }
+    }
+
+    /// Leaves draws to the device where it can make them, and moves their rows to the end.
+    fn fill_draws(&mut self, plan: &mut StepPlan, limits: Option<DrawLimits>) {
+        self.drawn_jobs.clear();
+        let Some(limits) = limits else {
+            return;
+        };
+        self.drawn_rows.clear();
+        let (mut row, mut kept) = (0, 0);
+        for part in &self.step.parts {
+            let rows = part.logit_rows();
+            let drawn = match self.jobs.get_mut(&part.job) {
+                Some(active) if rows == 1 => active.device_draw(&limits, &mut plan.changes),
+                _ => None,
+            };
+            if let Some(draw) = drawn {
+                plan.draws.push(draw);
+                self.drawn_jobs.push(part.job);
+                self.drawn_rows.push(plan.logit_rows[row]);
+            } else {
+                plan.logit_rows.copy_within(row..row + rows, kept);
+                kept += rows;
+            }
+            row += rows;
+        }
+        plan.logit_rows[kept..].copy_from_slice(&self.drawn_rows);
     }
 
     /// Jobs of the step that need masks, with their drafts.
@@ -106,28 +149,43 @@ impl Flight {
             .collect()
     }
 
-    /// Draws what follows each part that has logits, and notes what was computed. `logits` are
-    /// f32 `[logit rows of the step, vocab_size]`.
-    pub(crate) fn take_results(&mut self, mut logits: &[f32], vocab_size: usize) {
+    /// Draws what follows each part that has logits, unless the device has, and notes what was
+    /// computed.
+    pub(crate) fn take_results(&mut self, output: StepOutput<'_>, vocab_size: usize) {
         let parts = std::mem::take(&mut self.step.parts);
+        let drawn_jobs = std::mem::take(&mut self.drawn_jobs);
+        let mut drawn = drawn_jobs.iter().zip(output.drawn).peekable();
+        let mut logits = output.logits;
         for of_job in parts.chunk_by(|a, b| a.job == b.job) {
+            if let Some((_, &token_id)) = drawn.next_if(|(id, _)| **id == of_job[0].job) {
+                self.take_job(of_job, JobOutput::Drawn(token_id));
+                continue;
+            }
             let rows: usize = of_job.iter().map(StepPart::logit_rows).sum();
             let (own, rest) = logits.split_at(rows * vocab_size);
             logits = rest;
-            self.take_job(of_job, own);
+            self.take_job(of_job, JobOutput::Logits(own));
         }
         self.step.parts = parts;
+        self.drawn_jobs = drawn_jobs;
     }
 
     /// As [`Self::take_results`], for the parts of one job.
-    fn take_job(&mut self, parts: &[StepPart], logits: &[f32]) {
+    fn take_job(&mut self, parts: &[StepPart], output: JobOutput<'_>) {
         let id = parts[0].job;
         let Some(active) = self.jobs.get_mut(&id) else {
             return;
         };
         self.new_tokens.clear();
         let mut outcome = Outcome::Continues;
-        if !logits.is_empty() {
+        let context_tokens = self.scheduler.settings().context_tokens;
+        if let JobOutput::Drawn(token_id) = output {
+            active.note_logits();
+            outcome = active.take_drawn(token_id, context_tokens, &mut self.new_tokens);
+            if let Some(draft) = &mut self.draft {
+                draft.rewind(id, parts[0].first + parts[0].tokens);
+            }
+        } else if let JobOutput::Logits(logits @ [_, ..]) = output {
             let drafts = &self.scheduler.drafts(id)[..parts[0].drafts];
             let logits = match &active.job.guidance {
                 Some(guidance) => {
@@ -143,7 +201,6 @@ impl Flight {
                 }
                 None => logits,
             };
-            let context_tokens = self.scheduler.settings().context_tokens;
             active.note_logits();
             outcome = active.draw(logits, drafts, context_tokens, &mut self.new_tokens);
             let accepted = self.new_tokens.len().saturating_sub(1).min(drafts.len());

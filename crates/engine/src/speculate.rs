@@ -42,6 +42,11 @@ impl DraftLength {
         }
     }
 
+    /// Whether it may ever be more than none.
+    pub fn may_guess(&self) -> bool {
+        self.most > 0
+    }
+
     /// How many tokens to guess for the next step: as many as give the most tokens for the
     /// cost, if each is right as often as lately. None where that does not pay, but for a try
     /// now and then.

@@ -254,7 +254,8 @@ impl Worker {
             self.fail_step(error.into());
             return;
         }
-        self.flight.fill(&mut self.plan);
+        let draws = self.runner.limits().draws;
+        self.flight.fill(&mut self.plan, draws);
         let vocab_size = self.runner.spec().vocab_size;
         let constrained = self.flight.constrained();
         let (runner, plan) = (&mut self.runner, &self.plan);
@@ -270,7 +271,7 @@ impl Worker {
             runner.run(plan)
         });
         match ran {
-            Ok(logits) => self.flight.take_results(logits, vocab_size),
+            Ok(output) => self.flight.take_results(output, vocab_size),
             Err(error) => self.fail_step(error.into()),
         }
     }

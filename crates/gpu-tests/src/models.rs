@@ -85,7 +85,7 @@ pub(crate) fn feed(
     };
     let own = first_page..first_page + pages as u32;
     step.push_sequence(tokens.iter().copied(), first, own, tokens.len());
-    Ok(model.run(&step)?.to_vec())
+    Ok(model.run(&step)?.logits.to_vec())
 }
 
 /// The largest difference of two rows of logits.
@@ -331,7 +331,7 @@ fn decode_alone_and_among_others<D: Device + Clone>(
             let tokens = [token(sequence, position)];
             step.push_sequence(tokens, position, [sequence], 1);
         }
-        let logits = model.run(&step)?;
+        let logits = model.run(&step)?.logits;
         among.extend_from_slice(&logits[OTHERS as usize * vocab_size..]);
     }
     let differing = alone[0]

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use oxllama_backend::{
-    AttentionArgs, CacheShape, Device, GatedLinear, HeadNorm, KvLayer, LinearOutput, LogitArgs,
-    Norm, NormLinears, PAGE_TOKENS, Rope, SequenceKey, Store,
+    AttentionArgs, CacheShape, Device, DrawKinds, GatedLinear, HeadNorm, KvLayer, LinearOutput,
+    LogitArgs, Norm, NormLinears, PAGE_TOKENS, Rope, SequenceKey, Store,
 };
 use oxllama_format::AdapterSource;
 
@@ -16,7 +16,7 @@ use crate::stage::{Activations, to_usize};
 use crate::weights::{LayerLinears, LayerNorms};
 use crate::{
     AdapterId, CacheRequest, LayerSpec, ModelError, ModelSpec, PageCopy, Runner, RunnerLimits,
-    StepPlan,
+    StepOutput, StepPlan,
 };
 
 /// One layer on its device.
@@ -69,7 +69,7 @@ pub struct Decoder<D: Device> {
 impl<D: Device> Decoder<D> {
     pub(crate) fn new(
         spec: ModelSpec,
-        limits: RunnerLimits,
+        mut limits: RunnerLimits,
         ropes: Vec<Rope>,
         mut stages: Vec<Stage<D>>,
         head_width: usize,
@@ -79,6 +79,9 @@ impl<D: Device> Decoder<D> {
             let logits = &mut stage.activations.logits;
             stage.device.host_memory(logits).is_some()
         });
+        limits.draws = stages
+            .last()
+            .and_then(|stage| stage.device.draw_limits(head_width));
         let copied_rows = if is_on_host { 0 } else { limits.max_logit_rows };
         Self {
             logits: vec![0.0; copied_rows * head_width],
@@ -124,6 +127,7 @@ impl<D: Device> Decoder<D> {
         let key = (!self.adapters.are_used()).then_some(SequenceKey {
             rows,
             logit_rows: step.logit_rows.len(),
+            draws: DrawKinds::of(&step.draws),
             generation: self.cache_generation,
         });
         for stage in &mut self.stages {
@@ -167,7 +171,7 @@ impl<D: Device> Decoder<D> {
                 match head {
                     Some(head) if !step.logit_rows.is_empty() => {
                         let head = (&*head, self.head_width);
-                        make_logits(spec, device, head, &step.logit_rows, activations, workspace)
+                        make_logits(spec, device, head, step, activations, workspace)
                     }
                     _ => Ok(()),
                 }
@@ -176,37 +180,42 @@ impl<D: Device> Decoder<D> {
         Ok(())
     }
 
-    /// The logits of `rows` rows that [`Self::forward`] has made, where the host can read them,
-    /// without their padding.
-    fn read_logits(&mut self, rows: usize) -> Result<&[f32], ModelError> {
+    /// What [`Self::forward`] has made, where the host can read it: tokens for `draws` rows, and
+    /// the logits of `rows` rows without their padding.
+    fn read_output(&mut self, rows: usize, draws: usize) -> Result<StepOutput<'_>, ModelError> {
+        let mut output = StepOutput::default();
         let Some(Stage {
             device,
             activations,
+            workspace,
             ..
         }) = self.stages.last_mut()
         else {
-            return Ok(&[]);
+            return Ok(output);
         };
-        let elements = rows * self.head_width;
-        let logits = device.read_f32(&mut activations.logits, elements, &mut self.logits)?;
-        Ok(without_padding(
-            logits,
-            self.head_width,
-            self.spec.vocab_size,
-        ))
+        if draws > 0 {
+            output.drawn = device.drawn_tokens(workspace)?;
+        }
+        if rows > 0 {
+            let elements = rows * self.head_width;
+            let logits = device.read_f32(&mut activations.logits, elements, &mut self.logits)?;
+            output.logits = without_padding(logits, self.head_width, self.spec.vocab_size);
+        }
+        Ok(output)
     }
 }
 
-/// `activations.logits` ← the head's logits of `rows` of `activations.hidden`. The head is given
-/// with its stored out_features.
+/// `activations.logits` ← the head's logits of the rows of `activations.hidden` that `step` wants;
+/// then its draws. The head is given with its stored out_features.
 fn make_logits<D: Device>(
     spec: &ModelSpec,
     device: &D,
     (head, head_width): (&Head<D>, usize),
-    rows: &[u32],
+    step: &StepPlan,
     activations: &mut Activations<D::Buffer>,
     workspace: &mut D::Workspace,
 ) -> Result<(), ModelError> {
+    let rows = &step.logit_rows;
     let Activations {
         hidden,
         normed,
@@ -233,7 +242,11 @@ fn make_logits<D: Device>(
         scale: spec.logit_scale,
         softcap: spec.logit_softcap,
     };
-    Ok(device.finish_logits(logits, args)?)
+    device.finish_logits(logits, args)?;
+    if !step.draws.is_empty() {
+        device.draw_tokens(logits, args, workspace)?;
+    }
+    Ok(())
 }
 
 impl<D: Device> Runner for Decoder<D> {
@@ -245,18 +258,16 @@ impl<D: Device> Runner for Decoder<D> {
         &self.limits
     }
 
-    fn run(&mut self, step: &StepPlan) -> Result<&[f32], ModelError> {
+    fn run(&mut self, step: &StepPlan) -> Result<StepOutput<'_>, ModelError> {
         step.check(&self.limits, self.spec.vocab_size)?;
         self.adapters.begin_step(step)?;
         self.copy_pages(&step.page_copies)?;
         if step.token_ids.is_empty() {
-            return Ok(&[]);
+            return Ok(StepOutput::default());
         }
         self.forward(step)?;
-        if step.logit_rows.is_empty() {
-            return Ok(&[]);
-        }
-        self.read_logits(step.logit_rows.len())
+        let draws = step.draws.len();
+        self.read_output(step.logit_rows.len() - draws, draws)
     }
 
     fn reshape_cache(&mut self, request: CacheRequest) -> Result<&RunnerLimits, ModelError> {

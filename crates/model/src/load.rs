@@ -465,6 +465,8 @@ fn runner_limits(plan: &ModelPlan) -> RunnerLimits {
         pages: to_usize(limits.cache_tokens) / PAGE_TOKENS,
         pages_per_sequence,
         context_tokens,
+        // Known once the devices are.
+        draws: None,
     }
 }
 

@@ -1,6 +1,6 @@
 //! What the engine drives: one loaded model, one step at a time.
 
-use oxllama_backend::{PAGE_TOKENS, StepBatch};
+use oxllama_backend::{Draw, DrawLimits, LogitChange, PAGE_TOKENS, StepBatch};
 use oxllama_format::AdapterSource;
 
 use crate::{AdapterId, CacheRequest, ModelError, ModelSpec};
@@ -18,14 +18,14 @@ pub trait Runner: Send {
     fn limits(&self) -> &RunnerLimits;
 
     /// Runs one step: copies pages, writes every row's keys and values to its page and returns
-    /// the logits of `step.logit_rows`, f32 `[logit_rows, vocab_size]` with padding removed, valid until
-    /// the next call. Allocates nothing.
+    /// what it draws and the logits of all other rows of `step.logit_rows`, valid until the next
+    /// call. Allocates nothing.
     ///
     /// # Errors
     /// The step breaks a limit or its arrays disagree (nothing has run then), or a device
     /// failed (the pages copied to and those of the step's rows are unspecified then; others
     /// are intact).
-    fn run(&mut self, step: &StepPlan) -> Result<&[f32], ModelError>;
+    fn run(&mut self, step: &StepPlan) -> Result<StepOutput<'_>, ModelError>;
 
     /// Gives the cache another size or format, while no sequence needs what is in it: its
     /// contents are lost unless nothing changes. A sequence's context stays as planned, or
@@ -59,6 +59,17 @@ pub trait Runner: Send {
     fn unload_adapter(&mut self, id: AdapterId) -> Result<(), ModelError>;
 }
 
+/// What a step gives.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StepOutput<'a> {
+    /// f32 `[logit_rows - draws, vocab_size]` with padding removed: the logits of the rows that
+    /// nothing is drawn from.
+    pub logits: &'a [f32],
+    /// `[draws]`: the tokens drawn; where none can be drawn,
+    /// [`NOT_FINITE`](oxllama_backend::NOT_FINITE) or [`NOTHING_LEFT`](oxllama_backend::NOTHING_LEFT).
+    pub drawn: &'a [u32],
+}
+
 /// The largest steps that a loaded model was planned for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RunnerLimits {
@@ -74,6 +85,8 @@ pub struct RunnerLimits {
     pub pages_per_sequence: usize,
     /// Tokens of one sequence; positions are below it.
     pub context_tokens: usize,
+    /// What is drawn where the model runs, for one row of each sequence at most; `None`: nothing.
+    pub draws: Option<DrawLimits>,
 }
 
 /// A page of the cache to be copied to another, in every layer, keys and values alike.
@@ -86,7 +99,7 @@ pub struct PageCopy {
 }
 
 /// The rows of one step: flat arrays, owned and reused (`clear`, then push).
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq)]
 pub struct StepPlan {
     /// Pages copied one after the other before any row is written, so that rows of this step
     /// can already continue what was copied. A step may consist of copies alone.
@@ -103,6 +116,11 @@ pub struct StepPlan {
     pub pages_per_sequence: usize,
     /// Rows whose logits are wanted, in the order in which they are wanted; may be empty.
     pub logit_rows: Vec<u32>,
+    /// How tokens are drawn from the last so many of `logit_rows`, whose logits are not returned;
+    /// only within [`RunnerLimits::draws`].
+    pub draws: Vec<Draw>,
+    /// The changes that `draws` name.
+    pub changes: Vec<LogitChange>,
     /// `[sequences]`: the [`AdapterId`] of each sequence's adapter, or
     /// [`NO_ADAPTER`](crate::NO_ADAPTER); empty: none has one.
     pub sequence_adapters: Vec<u32>,
@@ -118,6 +136,8 @@ impl StepPlan {
         self.page_tables.clear();
         self.pages_per_sequence = 0;
         self.logit_rows.clear();
+        self.draws.clear();
+        self.changes.clear();
         self.sequence_adapters.clear();
     }
 
@@ -154,6 +174,8 @@ impl StepPlan {
             page_tables: &self.page_tables,
             pages_per_sequence: self.pages_per_sequence,
             logit_rows: &self.logit_rows,
+            draws: &self.draws,
+            changes: &self.changes,
         }
     }
 
@@ -176,6 +198,7 @@ impl StepPlan {
         for row in 0..self.token_ids.len() {
             self.check_place(row, limits)?;
         }
+        self.check_draws(limits, vocab_size)?;
         let rows = self.token_ids.len();
         match self.logit_rows.iter().find(|&&row| row as usize >= rows) {
             Some(&row) => Err(step_error(
@@ -275,6 +298,50 @@ impl StepPlan {
         Ok(())
     }
 
+    /// Draws against the rows that they are from, and against `limits`.
+    fn check_draws(&self, limits: &RunnerLimits, vocab_size: usize) -> Result<(), ModelError> {
+        let Some(first) = self.draws.first() else {
+            return Ok(());
+        };
+        let most = limits.draws.map_or(0, |_| limits.max_sequences);
+        let limits = limits.draws.unwrap_or(DrawLimits {
+            top_k: first.top_k,
+            changes: 0,
+        });
+        let most = most.min(self.logit_rows.len());
+        if self.draws.len() > most {
+            let expected = format!("at most {most}");
+            return Err(step_error("draws", self.draws.len(), expected));
+        }
+        let most_changes = limits.changes.saturating_mul(self.draws.len());
+        if self.changes.len() > most_changes {
+            let expected = format!("at most {most_changes}");
+            return Err(step_error("changes", self.changes.len(), expected));
+        }
+        for draw in &self.draws {
+            let end = draw.first_change as usize + draw.change_count as usize;
+            for (what, found, limit) in [
+                (
+                    "tokens for a draw's top-k",
+                    draw.top_k,
+                    limits.top_k as usize,
+                ),
+                ("changes of a draw", draw.change_count, limits.changes),
+                ("tokens to draw from", draw.vocab_size, vocab_size),
+            ] {
+                if found as usize > limit {
+                    let expected = format!("at most {limit}");
+                    return Err(step_error(what, found as usize, expected));
+                }
+            }
+            if end > self.changes.len() {
+                let expected = format!("one of the {} of the step", self.changes.len());
+                return Err(step_error("as the end of a draw's changes", end, expected));
+            }
+        }
+        Ok(())
+    }
+
     /// One row's sequence, position and pages. Pages are looked at once for each run of rows
     /// of one sequence, at its last row, whose position is the run's highest.
     fn check_place(&self, row: usize, limits: &RunnerLimits) -> Result<(), ModelError> {
@@ -356,6 +423,10 @@ mod tests {
         pages: 8,
         pages_per_sequence: 2,
         context_tokens: 300,
+        draws: Some(DrawLimits {
+            top_k: 50,
+            changes: 2,
+        }),
     };
 
     fn valid() -> StepPlan {
@@ -367,7 +438,7 @@ mod tests {
             page_tables: vec![7, 0, 3, 99],
             pages_per_sequence: 2,
             logit_rows: vec![2, 1],
-            sequence_adapters: vec![],
+            ..StepPlan::default()
         }
     }
 

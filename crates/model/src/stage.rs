@@ -118,6 +118,7 @@ impl StageShape {
                 hidden.max(query_width).max(kv_width).max(intermediate),
                 head_width,
             ),
+            draw_width: if role.last { head_width } else { 0 },
             heads: spec.heads,
             kv_heads: spec.kv_heads,
             head_dim: spec.head_dim,

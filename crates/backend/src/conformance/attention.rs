@@ -328,6 +328,7 @@ impl<'a, D: Device> Sequences<'a, D> {
             pages_per_sequence: pages_of(longest),
             max_in_features: case.heads * case.head_dim,
             max_out_features: case.heads * case.head_dim,
+            draw_width: 0,
             heads: case.heads,
             kv_heads: case.kv_heads,
             head_dim: case.head_dim,
@@ -358,6 +359,8 @@ impl<'a, D: Device> Sequences<'a, D> {
             page_tables: &self.page_tables(sequences, pages_per_sequence),
             pages_per_sequence,
             logit_rows: &[],
+            draws: &[],
+            changes: &[],
         };
         bench.device.begin_step(&batch, &self.ropes, workspace)?;
 

@@ -17,7 +17,7 @@ impl AttentionOps for ReferenceDevice {
         args: AttentionArgs<'_, HostBuffer>,
         workspace: &mut ReferenceWorkspace,
     ) -> Result<(), DeviceError> {
-        let ReferenceWorkspace { inputs, scores } = workspace;
+        let ReferenceWorkspace { inputs, scores, .. } = workspace;
         let shape = args.cache.shape;
         let (kv_heads, head_dim) = (shape.kv_heads, shape.head_dim);
         let heads = args.heads;

@@ -1,7 +1,7 @@
 //! Element-wise and row-wise operations.
 
-use super::ReferenceDevice;
-use crate::{Activation, DeviceError, ElementwiseOps, HostBuffer, LogitArgs};
+use super::{ReferenceDevice, ReferenceWorkspace};
+use crate::{Activation, DeviceError, DrawLimits, ElementwiseOps, HostBuffer, LogitArgs};
 
 /// `activation(x)`, computed in f64: these functions cancel near zero.
 fn activate(activation: Activation, x: f32) -> f32 {
@@ -108,6 +108,31 @@ impl ElementwiseOps for ReferenceDevice {
             padding.fill(f32::NEG_INFINITY);
         }
         Ok(())
+    }
+
+    fn draw_limits(&self, _width: usize) -> Option<DrawLimits> {
+        Some(DrawLimits {
+            top_k: u32::MAX,
+            changes: usize::MAX,
+        })
+    }
+
+    fn draw_tokens(
+        &self,
+        logits: &mut HostBuffer,
+        args: LogitArgs,
+        workspace: &mut ReferenceWorkspace,
+    ) -> Result<(), DeviceError> {
+        let logits = &logits.as_slice::<f32>()[..args.rows * args.width];
+        workspace.draws.run(logits, args.width);
+        Ok(())
+    }
+
+    fn drawn_tokens<'a>(
+        &self,
+        workspace: &'a mut ReferenceWorkspace,
+    ) -> Result<&'a [u32], DeviceError> {
+        Ok(&workspace.draws.drawn)
     }
 }
 

@@ -3,6 +3,7 @@
 use oxllama_memory::{Bytes, DeviceId, Reservation};
 
 use super::ReferenceDevice;
+use super::draw::StepDraws;
 use crate::{
     DeviceError, DeviceMemory, HostBuffer, PAGE_TOKENS, Rope, RopeStyle, StepBatch, StepOps,
     WorkspaceShape,
@@ -74,6 +75,7 @@ pub(super) struct RopeLayout {
 #[derive(Debug)]
 pub struct ReferenceWorkspace {
     pub(super) inputs: StepInputs,
+    pub(super) draws: StepDraws,
     /// f32 `[pages_per_sequence * PAGE_TOKENS]`: the scores of one row and head.
     pub(super) scores: HostBuffer,
 }
@@ -132,6 +134,7 @@ impl StepOps for ReferenceDevice {
         let what = || "a workspace".to_owned();
         let sizes = [extents.arrays, extents.angles, extents.scores].map(words);
         let [arrays, angles, scores] = self.allocate_parts(what, sizes, reservation)?;
+        let draws = StepDraws::new(shape);
         let inputs = StepInputs {
             shape: *shape,
             arrays,
@@ -139,7 +142,11 @@ impl StepOps for ReferenceDevice {
             rows: 0,
             ropes: Vec::with_capacity(shape.ropes),
         };
-        Ok(ReferenceWorkspace { inputs, scores })
+        Ok(ReferenceWorkspace {
+            inputs,
+            draws,
+            scores,
+        })
     }
 
     fn begin_step(
@@ -153,6 +160,7 @@ impl StepOps for ReferenceDevice {
         let rows = batch.rows();
         let pages = batch.pages_per_sequence;
         shape.check(&self.id, batch, ropes)?;
+        workspace.draws.begin(batch);
 
         inputs.rows = rows;
         let arrays = inputs.arrays.as_mut_slice::<u32>();

@@ -3,9 +3,9 @@
 
 use oxllama_backend::reference::{ReferenceDevice, ReferenceLinear, ReferenceWorkspace};
 use oxllama_backend::{
-    Activation, AttentionArgs, AttentionOps, DeviceError, DeviceMemory, ElementwiseOps, HostBuffer,
-    LinearOps, LinearOutput, LogitArgs, Norm, NormOps, Rope, StepBatch, StepOps, Store,
-    WorkspaceShape,
+    Activation, AttentionArgs, AttentionOps, DeviceError, DeviceMemory, Draw, DrawLimits,
+    ElementwiseOps, HostBuffer, LinearOps, LinearOutput, LogitArgs, Norm, NormOps, Rope, StepBatch,
+    StepOps, Store, WorkspaceShape,
 };
 use oxllama_format::{LinearHeader, LinearSource};
 use oxllama_memory::{Bytes, DeviceId, Reservation};
@@ -72,13 +72,26 @@ impl StepOps for FaultyDevice {
         self.0.create_workspace(shape, reservation)
     }
 
+    /// Forgets top-p.
     fn begin_step(
         &self,
         batch: &StepBatch<'_>,
         ropes: &[Rope],
         workspace: &mut ReferenceWorkspace,
     ) -> Result {
-        self.0.begin_step(batch, ropes, workspace)
+        let draws: Vec<Draw> = batch
+            .draws
+            .iter()
+            .map(|draw| Draw {
+                top_p: 0.0,
+                ..*draw
+            })
+            .collect();
+        let batch = StepBatch {
+            draws: &draws,
+            ..*batch
+        };
+        self.0.begin_step(&batch, ropes, workspace)
     }
 }
 
@@ -213,5 +226,25 @@ impl ElementwiseOps for FaultyDevice {
         let vocab_size = args.width;
         self.0
             .finish_logits(logits, LogitArgs { vocab_size, ..args })
+    }
+
+    fn draw_limits(&self, width: usize) -> Option<DrawLimits> {
+        self.0.draw_limits(width)
+    }
+
+    fn draw_tokens(
+        &self,
+        logits: &mut HostBuffer,
+        args: LogitArgs,
+        workspace: &mut ReferenceWorkspace,
+    ) -> Result {
+        self.0.draw_tokens(logits, args, workspace)
+    }
+
+    fn drawn_tokens<'a>(
+        &self,
+        workspace: &'a mut ReferenceWorkspace,
+    ) -> std::result::Result<&'a [u32], DeviceError> {
+        self.0.drawn_tokens(workspace)
     }
 }

@@ -403,6 +403,7 @@ mod tests {
             pages_per_sequence,
             max_in_features: 4096,
             max_out_features: 4096,
+            draw_width: 0,
             heads: 32,
             kv_heads: 8,
             head_dim: 128,

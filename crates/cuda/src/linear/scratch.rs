@@ -151,6 +151,7 @@ mod tests {
             pages_per_sequence: 1,
             max_in_features,
             max_out_features,
+            draw_width: 0,
             heads: 1,
             kv_heads: 1,
             head_dim: 32,

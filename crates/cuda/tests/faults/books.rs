@@ -116,7 +116,7 @@ fn step(model: &mut dyn Runner, tokens: &[u32], first: usize) -> Result<(), Mode
         ..StepPlan::default()
     };
     plan.push_sequence(tokens.iter().copied(), first, 0..pages as u32, tokens.len());
-    let logits = model.run(&plan)?;
+    let logits = model.run(&plan)?.logits;
     assert_eq!(logits.len(), tokens.len() * 288);
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Drawing the next token from a row of logits.
 
 mod candidates;
+mod device;
 mod dry;
 mod logprobs;
 mod numbers;

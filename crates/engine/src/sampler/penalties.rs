@@ -32,6 +32,13 @@ pub(super) struct Occurrence {
     total: f32,
 }
 
+impl Occurrence {
+    /// The share of its newest occurrence, and of all together.
+    pub(super) fn shares(&self) -> (f32, f32) {
+        (self.strongest, self.total)
+    }
+}
+
 impl Penalties {
     pub(super) fn new(settings: &SamplingSettings) -> Self {
         let range_tokens = settings
@@ -142,6 +149,14 @@ impl Penalties {
     fn find(&self, token_id: u32) -> Result<usize, usize> {
         self.occurrences
             .binary_search_by_key(&token_id, |occurrence| occurrence.token_id)
+    }
+
+    /// [`Occurrence::shares`] of a token; zeros if it did not occur.
+    pub(super) fn shares(&self, token_id: u32) -> (f32, f32) {
+        match self.find(token_id) {
+            Ok(index) => self.occurrences[index].shares(),
+            Err(_) => (0.0, 0.0),
+        }
     }
 
     /// What occurred, in order of ids.

@@ -23,7 +23,7 @@ fn greedy_tokens_are_the_runners_best() {
             logit_rows: vec![rows - 1],
             ..StepPlan::default()
         };
-        let logits = runner.run(&step).unwrap();
+        let logits = runner.run(&step).unwrap().logits;
         let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
         expected.push(best.unwrap() as u32);
     }

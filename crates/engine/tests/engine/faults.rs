@@ -15,7 +15,7 @@ use oxllama_engine::{
 use oxllama_format::AdapterSource;
 use oxllama_memory::DeviceId;
 use oxllama_model::{
-    AdapterId, CacheRequest, ModelError, ModelSpec, Runner, RunnerLimits, StepPlan,
+    AdapterId, CacheRequest, ModelError, ModelSpec, Runner, RunnerLimits, StepOutput, StepPlan,
 };
 
 use crate::common::{
@@ -273,7 +273,7 @@ impl Runner for Faulty {
         self.runner.limits()
     }
 
-    fn run(&mut self, step: &StepPlan) -> Result<&[f32], ModelError> {
+    fn run(&mut self, step: &StepPlan) -> Result<StepOutput<'_>, ModelError> {
         drop(self.gate.lock());
         assert!(
             !step.token_ids.contains(&PANICS),
@@ -290,7 +290,7 @@ impl Runner for Faulty {
             }));
         }
         let vocab_size = self.runner.spec().vocab_size;
-        let logits = self.runner.run(step)?;
+        let logits = self.runner.run(step)?.logits;
         self.logits.clear();
         self.logits.extend_from_slice(logits);
         for (logits, &row) in self
@@ -304,7 +304,10 @@ impl Runner for Faulty {
                 logits.fill(f32::NAN);
             }
         }
-        Ok(&self.logits)
+        Ok(StepOutput {
+            logits: &self.logits,
+            drawn: &[],
+        })
     }
 
     fn reshape_cache(&mut self, request: CacheRequest) -> Result<&RunnerLimits, ModelError> {

@@ -2,6 +2,7 @@
 
 mod basics;
 mod common;
+mod device_draws;
 mod faults;
 mod features;
 mod invariance;

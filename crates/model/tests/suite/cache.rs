@@ -92,7 +92,7 @@ fn check_copies<D: Device>(name: &str, device: fn(DeviceId) -> D) {
     let mut model = load_three_pages(name, device).model;
     let prompt: Vec<u32> = (0..20).map(|index| (index * 7 + 3) % 100).collect();
     let continuation = [5, 80, 17];
-    let mut run = |step: &StepPlan| model.run(step).expect("a valid step").to_vec();
+    let mut run = |step: &StepPlan| model.run(step).expect("a valid step").logits.to_vec();
 
     run(&on_page(2, 0, &prompt));
     let expected = run(&on_page(2, 20, &continuation));
@@ -186,7 +186,7 @@ fn check_reshaping<D: Device>(device: fn(DeviceId) -> D) {
         ..on_page(19, 0, &prompt)
     };
     let found = loaded.model.run(&last_pages).expect("the last page");
-    assert!(found == expected, "in the larger cache");
+    assert!(found.logits == expected, "in the larger cache");
 
     // The books hold what a model loaded with this cache would.
     let back = CacheRequest {
@@ -248,6 +248,7 @@ fn a_cache_that_does_not_fit_changes_nothing() {
         model
             .run(&on_page(2, start, &prompt))
             .expect("a step")
+            .logits
             .to_vec()
     };
     run(&mut loaded.model, 0);

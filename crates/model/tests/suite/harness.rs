@@ -162,7 +162,7 @@ impl Sequence {
     pub(crate) fn feed(&mut self, model: &mut dyn Runner, tokens: &[u32]) -> Vec<f32> {
         let step = self.step(tokens);
         self.length += tokens.len() as u32;
-        model.run(&step).expect("a valid step").to_vec()
+        model.run(&step).expect("a valid step").logits.to_vec()
     }
 
     fn step(&self, tokens: &[u32]) -> StepPlan {

@@ -3,6 +3,7 @@
 mod adapter_books;
 mod adapters;
 mod cache;
+mod draws;
 mod families;
 mod files;
 mod harness;

@@ -1,5 +1,6 @@
 //! The sampler against its definition and against closed forms.
 
+mod device;
 mod draws;
 mod oracle;
 mod properties;
