@@ -10,6 +10,7 @@ use oxllama_memory::{Bytes, DeviceId, Reservation};
 use crate::attention::AttentionKernels;
 use crate::buffer::CudaBuffer;
 use crate::context::{Context, GpuInfo};
+use crate::draw::DrawKernels;
 use crate::elementwise::ElementwiseKernels;
 use crate::error::CudaUnavailable;
 use crate::linear::{BlasLt, LinearKernels, LoaderPool};
@@ -27,6 +28,7 @@ pub(crate) struct Kernels {
     pub(crate) prepare: PrepareKernels,
     pub(crate) elementwise: ElementwiseKernels,
     pub(crate) linear: LinearKernels,
+    pub(crate) draws: DrawKernels,
 }
 
 impl Kernels {
@@ -39,6 +41,7 @@ impl Kernels {
             prepare: PrepareKernels::find(modules, gpu)?,
             elementwise: ElementwiseKernels::find(modules)?,
             linear: LinearKernels::find(modules, gpu)?,
+            draws: DrawKernels::find(modules)?,
         })
     }
 }

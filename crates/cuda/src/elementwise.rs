@@ -1,10 +1,11 @@
 //! Element-wise and row-wise operations, and rows of the embedding.
 
 use cudarc::driver::sys::CUdeviceptr;
-use oxllama_backend::{Activation, DeviceError, ElementwiseOps, LogitArgs};
+use oxllama_backend::{Activation, DeviceError, DrawLimits, ElementwiseOps, LogitArgs};
 
 use crate::buffer::CudaBuffer;
 use crate::device::CudaDevice;
+use crate::draw::draw_limits;
 use crate::error::CudaUnavailable;
 use crate::launch::Launch;
 use crate::module::{Kernel, Modules};
@@ -319,6 +320,24 @@ impl ElementwiseOps for CudaDevice {
         };
         // SAFETY: the structure is the kernel's; the buffer holds the logits.
         unsafe { self.launch(self.kernels().elementwise.finish_logits, launch, &args) }
+    }
+
+    fn draw_limits(&self, width: usize) -> Option<DrawLimits> {
+        draw_limits(width)
+    }
+
+    fn draw_tokens(
+        &self,
+        logits: &mut CudaBuffer,
+        args: LogitArgs,
+        workspace: &mut CudaWorkspace,
+    ) -> Result<(), DeviceError> {
+        let header = workspace.inputs.packed();
+        self.enqueue_draws(logits, args, header, &workspace.draws)
+    }
+
+    fn drawn_tokens<'a>(&self, workspace: &'a mut CudaWorkspace) -> Result<&'a [u32], DeviceError> {
+        self.read_draws(&mut workspace.draws)
     }
 }
 

@@ -13,6 +13,7 @@ mod buffer;
 mod ceilings;
 mod context;
 mod device;
+mod draw;
 mod elementwise;
 mod error;
 mod fault;

@@ -9,6 +9,7 @@ use oxllama_memory::{Bytes, Reservation};
 use crate::attention::{AttentionScratch, Tile, scratch_bytes};
 use crate::buffer::CudaBuffer;
 use crate::device::CudaDevice;
+use crate::draw::{self, DrawScratch};
 use crate::graph::{Found, Recorder, Recordings};
 use crate::launch::Launch;
 use crate::linear::LinearScratch;
@@ -49,6 +50,7 @@ struct Offsets {
     frequencies: usize,
     angles: usize,
     attention: usize,
+    draws: usize,
     end: usize,
 }
 
@@ -66,7 +68,7 @@ impl Offsets {
             start
         };
         Self {
-            packed: place(4 * rows + tables + tiles),
+            packed: place(draw::most_words(shape) + 4 * rows + tables + tiles),
             token_ids: place(rows),
             positions: place(rows),
             row_sequences: place(rows),
@@ -76,6 +78,7 @@ impl Offsets {
             frequencies: place(shape.ropes * pairs),
             angles: place(shape.ropes * rows * 2 * pairs),
             attention: place(scratch_bytes(shape).div_ceil(WORD)),
+            draws: place(draw::scratch_bytes(shape) / WORD),
             end,
         }
     }
@@ -101,6 +104,11 @@ pub(crate) struct StepInputs {
 }
 
 impl StepInputs {
+    /// Where the inputs lie as they were copied: the settings of the step's draws first.
+    pub(crate) fn packed(&self) -> sys::CUdeviceptr {
+        self.memory.at(self.offsets.packed)
+    }
+
     /// u32 `[rows]`
     pub(crate) fn token_ids(&self) -> sys::CUdeviceptr {
         self.memory.at(self.offsets.token_ids)
@@ -164,6 +172,8 @@ pub struct CudaWorkspace {
     pub(crate) inputs: StepInputs,
     /// In the inputs' memory.
     pub(crate) attention: AttentionScratch,
+    /// In the inputs' memory.
+    pub(crate) draws: DrawScratch,
     /// At the end of the inputs' memory.
     pub(crate) linear: LinearScratch,
     recordings: Recordings,
@@ -249,9 +259,12 @@ impl StepOps for CudaDevice {
             inputs.memory.at(offsets.end),
         );
         let attention = AttentionScratch::new(shape, inputs.memory.at(offsets.attention));
+        let draws = inputs.memory.at(offsets.draws);
+        let draws = DrawScratch::new(self.context(), shape, draws)?;
         Ok(CudaWorkspace {
             inputs,
             attention,
+            draws,
             linear,
             recordings: Recordings::default(),
         })
@@ -274,6 +287,16 @@ impl StepOps for CudaDevice {
         inputs.is_decode = is_decode(batch);
         let tiles = &mut workspace.attention.tiles;
         tiles.cut(batch.positions, batch.row_sequences);
+        workspace.draws.begin(batch);
+        let batch = &if workspace.draws.is_empty() || batch.draws.is_empty() {
+            StepBatch {
+                draws: &[],
+                changes: &[],
+                ..*batch
+            }
+        } else {
+            *batch
+        };
         self.copy_inputs(batch, tiles.all(), inputs)?;
         let mut step_ropes = [StepRope::default(); MOST_ROPES];
         for (index, rope) in ropes.iter().enumerate() {
@@ -284,7 +307,9 @@ impl StepOps for CudaDevice {
             };
         }
         let args = BeginStepArgs {
-            packed: inputs.memory.at(inputs.offsets.packed),
+            packed: inputs
+                .memory
+                .at(inputs.offsets.packed + size_of::<u32>() * draw::settings_words(batch)),
             token_ids: inputs.token_ids(),
             positions: inputs.positions(),
             row_sequences: inputs.row_sequences(),
@@ -400,7 +425,7 @@ impl CudaDevice {
         inputs.next_staging = (inputs.next_staging + 1) % STAGING_COPIES;
         // The copy that was made from here two steps ago.
         copied.synchronize()?;
-        let mut words = 0;
+        let mut words = draw::settings_words(batch);
         for array in [
             batch.token_ids,
             batch.positions,
@@ -408,10 +433,13 @@ impl CudaDevice {
             batch.logit_rows,
             batch.page_tables,
             bytemuck::cast_slice(tiles),
+            bytemuck::cast_slice(batch.changes),
         ] {
             memory.as_mut_slice::<u32>()[words..][..array.len()].copy_from_slice(array);
             words += array.len();
         }
+        let changes_at = words - bytemuck::cast_slice::<_, u32>(batch.changes).len();
+        draw::write_settings(batch, changes_at, memory.as_mut_slice());
         let bytes: &[u8] = bytemuck::cast_slice(&memory.as_slice::<u32>()[..words]);
         self.context().bind()?;
         // SAFETY: the destination holds the packed arrays of the largest step; the staging
