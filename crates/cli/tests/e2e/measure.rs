@@ -165,6 +165,7 @@ fn bench_reports_positive_figures() {
             "weight_bytes",
             "read_bandwidth_gb_per_s",
             "arithmetic_tflops",
+            "draws_on_device",
             "decode",
             "prefill"
         ]

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::Result;
-use oxllama_backend::PAGE_TOKENS;
+use oxllama_backend::{Draw, PAGE_TOKENS};
 use oxllama_model::{Runner, StepPlan};
 
 /// Sequences that decode together.
@@ -41,9 +41,9 @@ pub(super) fn prefill(runner: &mut dyn Runner, tokens: usize) -> Result<f64> {
     Ok(tokens as f64 / start.elapsed().as_secs_f64())
 }
 
-/// Tokens a second, all sequences together, of steps with one row and its logits for each
-/// sequence. The first step is not counted: it may touch memory or make a graph for the first
-/// time.
+/// Tokens a second, all sequences together, of steps with one row for each sequence, which end
+/// with the most likely token on the host where the device draws it, and else with the logits
+/// there. The first step is not counted: it may touch memory or make a graph for the first time.
 pub(super) fn decode(runner: &mut dyn Runner, case: DecodeCase) -> Result<f64> {
     let DecodeCase {
         sequences,
@@ -65,6 +65,7 @@ pub(super) fn decode(runner: &mut dyn Runner, case: DecodeCase) -> Result<f64> {
             let own = (sequence, sequence * pages);
             push_rows(&mut step, runner, own, position..position + 1, 1);
         }
+        draw_all(&mut step, runner);
         runner.run(&step)?;
     }
     Ok((sequences * tokens) as f64 / start.elapsed().as_secs_f64())
@@ -85,6 +86,7 @@ fn fill(
         begin(&mut step, end);
         let logit_rows = if end == tokens { logit_rows } else { 0 };
         push_rows(&mut step, runner, own, first..end, logit_rows);
+        draw_all(&mut step, runner);
         runner.run(&step)?;
     }
     Ok(())
@@ -110,6 +112,19 @@ fn push_rows(
     let first = positions.start;
     let tokens = positions.map(|position| spread(sequence + position, vocab_size));
     step.push_sequence(tokens, first, pages, logit_rows);
+}
+
+/// Whether tokens are drawn where the model runs.
+pub(super) fn draws_on_device(runner: &dyn Runner) -> bool {
+    runner.limits().draws.is_some()
+}
+
+/// Has the device draw from all rows with logits, where it can.
+fn draw_all(step: &mut StepPlan, runner: &dyn Runner) {
+    if draws_on_device(runner) {
+        let greedy = Draw::greedy(runner.spec().vocab_size as u32);
+        step.draws.resize(step.logit_rows.len(), greedy);
+    }
 }
 
 /// A token for `index`: Knuth's multiplicative hash spreads them over the vocabulary.

@@ -85,6 +85,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
         weight_bytes,
         read_bandwidth_gb_per_s: best.ceilings.read_bytes_per_s / 1e9,
         arithmetic_tflops: best.ceilings.flops_per_s.map(|rate| rate / 1e12),
+        draws_on_device: measure::draws_on_device(runner.as_ref()),
         decode: best.decode_reports(&cases, weight_bytes, kv_bytes),
         prefill: best.prefill_reports(&cases, runner.limits().max_rows, flops),
     };

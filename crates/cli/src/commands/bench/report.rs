@@ -25,6 +25,8 @@ pub(super) struct Report {
     pub(super) read_bandwidth_gb_per_s: f64,
     /// Null where nothing measures the device's arithmetic.
     pub(super) arithmetic_tflops: Option<f64>,
+    /// Whether a step ends with greedy tokens, drawn on the device, and not with logits.
+    pub(super) draws_on_device: bool,
     pub(super) decode: Vec<Decode>,
     pub(super) prefill: Vec<Prefill>,
 }
@@ -89,6 +91,14 @@ impl Report {
                 prefill.tokens_per_s, prefill.tokens, prefill.chunk_tokens
             ))?;
         }
+        output::line(format_args!(
+            "a step ends with {} on the host",
+            if self.draws_on_device {
+                "greedy tokens, drawn on the device,"
+            } else {
+                "all logits"
+            }
+        ))?;
         for decode in &self.decode {
             output::line(format_args!(
                 "batch {:3} {:10.1} tokens/s up to context {}, {:.0}% of what the memory allows \
