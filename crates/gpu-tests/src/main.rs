@@ -18,6 +18,7 @@
 mod checks;
 mod conformance;
 mod cut;
+mod draws;
 mod faults;
 mod generator;
 mod loading;
@@ -124,6 +125,7 @@ fn test(options: Options) -> Result<usize> {
     ));
     conformance::run(&mut checks)?;
     models::run(&mut checks, &options.fixtures)?;
+    draws::run(&mut checks, &options.fixtures)?;
     real::run(&mut checks, &options.real)?;
     generator::run(&mut checks, &options.fixtures)?;
     loading::run(&mut checks, &options.fixtures)?;
