@@ -106,11 +106,11 @@ fn a_full_queue_refuses_and_priorities_and_positions_hold() {
     let engine = engine_with(Faulty::boxed(shape, &gate), None, one);
     // The first job cannot end before the queue has been filled.
     let shut = gate.lock().unwrap();
-    let mut running = engine.submit(greedy(&PROMPT, 900)).unwrap();
+    let mut running = engine.submit(drawing_no_fault(&PROMPT, 900)).unwrap();
     while !matches!(running.next().unwrap(), Event::Started { .. }) {}
-    let mut low = engine.submit(greedy(&PROMPT, 3)).unwrap();
-    let low_again = engine.submit(greedy(&PROMPT, 3)).unwrap();
-    let error = engine.submit(greedy(&PROMPT, 3)).unwrap_err();
+    let mut low = engine.submit(drawing_no_fault(&PROMPT, 3)).unwrap();
+    let low_again = engine.submit(drawing_no_fault(&PROMPT, 3)).unwrap();
+    let error = engine.submit(drawing_no_fault(&PROMPT, 3)).unwrap_err();
     assert!(matches!(error, EngineError::QueueFull { limit: 2 }));
     drop(shut);
     assert!(matches!(low.next().unwrap(), Event::Queued { position: 0 }));
@@ -171,12 +171,12 @@ fn shutting_down_tells_every_job() {
     // No job can end before the engine has been told to.
     let shut = gate.lock().unwrap();
     let mut streams: Vec<_> = (0..4)
-        .map(|_| engine.submit(greedy(&PROMPT, 40)).unwrap())
+        .map(|_| engine.submit(drawing_no_fault(&PROMPT, 40)).unwrap())
         .collect();
     std::thread::scope(|scope| {
         scope.spawn(|| engine.shutdown());
         loop {
-            match engine.submit(greedy(&PROMPT, 40)) {
+            match engine.submit(drawing_no_fault(&PROMPT, 40)) {
                 Ok(stream) => streams.push(stream),
                 Err(EngineError::QueueFull { .. }) => {}
                 Err(error) => break assert!(matches!(error, EngineError::Closed)),
@@ -264,6 +264,14 @@ const COMPUTES_NAN: u32 = 61;
 const PANICS: u32 = 62;
 const LOSES_THE_DEVICE: u32 = 102;
 
+/// A job whose answer has none of the tokens that break the model: the tiny one would draw them.
+fn drawing_no_fault(prompt_ids: &[u32], max_new_tokens: usize) -> Job {
+    let faults = [FAILS, COMPUTES_NAN, PANICS, LOSES_THE_DEVICE];
+    let mut job = greedy(prompt_ids, max_new_tokens);
+    job.sampling.logit_bias = faults.map(|id| (id, -100.0)).into_iter().collect();
+    job
+}
+
 impl Runner for Faulty {
     fn spec(&self) -> &ModelSpec {
         self.runner.spec()
@@ -331,13 +339,7 @@ impl Runner for Faulty {
 fn a_fault_ends_the_jobs_of_its_step_and_the_engine_goes_on() {
     let gate = Arc::default();
     let engine = engine_with(Faulty::boxed(Shape::default(), &gate), None, settings());
-    // Only what is drawn from matters: the tiny model must not draw the tokens of faults.
-    let bias = [FAILS, COMPUTES_NAN, PANICS, LOSES_THE_DEVICE].map(|id| (id, -100.0));
-    let job = |ids: &[u32], count: usize| {
-        let mut job = greedy(ids, count);
-        job.sampling.logit_bias = bias.into_iter().collect();
-        job
-    };
+    let job = drawing_no_fault;
     let expected = run(&engine, job(&PROMPT, 30)).token_ids;
     let good = engine.submit(job(&PROMPT, 30)).unwrap();
     let nan = run(&engine, job(&[1, 2, COMPUTES_NAN], 5));
