@@ -417,6 +417,33 @@ __device__ __forceinline__ void store_tiles(const LinearArgs& args, const float*
     }
 }
 
+// Copies a warp's range and units of some of the matrices to shared memory.
+__device__ __forceinline__ void load_tables(const LinearArgs& args, int first, int last, int warp,
+                                            int lane, int ranges, Unit* units, WarpRange* own) {
+#pragma unroll 1
+    for (int i = first; i <= last; ++i) {
+        const uint4* table = args.matrices[i].matrix.range_table;
+        const uint2* from =
+            reinterpret_cast<const uint2*>(table + ranges) + warp * args.range_blocks;
+        uint2* to = reinterpret_cast<uint2*>(units + i * args.range_blocks);
+        if (lane == 0) *reinterpret_cast<uint4*>(own + i) = __ldg(table + warp);
+#pragma unroll 1
+        for (int unit = lane; unit < args.range_blocks; unit += WARP_LANES) {
+            to[unit] = __ldg(from + unit);
+        }
+    }
+    __syncwarp();
+}
+
+template <int ROW_TILES>
+__device__ __forceinline__ void clear(Sums<ROW_TILES>& sums) {
+#pragma unroll
+    for (int tile = 0; tile < ROW_TILES; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[tile][i / 4][i % 4] = 0.0f;
+    }
+}
+
 template <int ROW_TILES>
 __device__ __forceinline__ void linear(const LinearArgs& args) {
     constexpr int RING = SLOTS * SLOT_BYTES;
@@ -444,19 +471,7 @@ __device__ __forceinline__ void linear(const LinearArgs& args) {
         warp * own_units;
     int index = matrix_of(args, first_item);
     const int last_index = matrix_of(args, item_end - 1);
-#pragma unroll 1
-    for (int i = index; i <= last_index; ++i) {
-        const uint4* table = args.matrices[i].matrix.range_table;
-        const uint2* from =
-            reinterpret_cast<const uint2*>(table + ranges) + warp * args.range_blocks;
-        uint2* to = reinterpret_cast<uint2*>(units + i * args.range_blocks);
-        if (lane == 0) *reinterpret_cast<uint4*>(&all_ranges[warp][i]) = __ldg(table + warp);
-#pragma unroll 1
-        for (int unit = lane; unit < args.range_blocks; unit += WARP_LANES) {
-            to[unit] = __ldg(from + unit);
-        }
-    }
-    __syncwarp();
+    load_tables(args, index, last_index, warp, lane, ranges, units, all_ranges[warp]);
 
     const int lane_row = min(lane / 4, rows - 1) * 64;
     const int second_row = min(lane / 4 + ROWS_OF_TILE, rows - 1) * 64;
@@ -489,14 +504,8 @@ __device__ __forceinline__ void linear(const LinearArgs& args) {
         }
         stream.x.next = x_lane;
         int block = begin;
-#pragma unroll
-        for (int tile = 0; tile < ROW_TILES; ++tile) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                stream.sums[tile][i / 4][i % 4] = 0.0f;
-                stream.part[tile][i / 4][i % 4] = 0.0f;
-            }
-        }
+        clear<ROW_TILES>(stream.sums);
+        clear<ROW_TILES>(stream.part);
         int room = fits ? end - begin : 0;
 #pragma unroll 1
         while (unit != units_end) {
