@@ -70,6 +70,24 @@ pub struct CudaDevice {
 }
 
 impl CudaDevice {
+    /// Holds a reservation to exactly what was said to be needed for `what`.
+    pub(crate) fn check_reservation(
+        &self,
+        what: impl FnOnce() -> String,
+        needed: Bytes,
+        reservation: &Reservation,
+    ) -> Result<(), DeviceError> {
+        if reservation.bytes() == needed {
+            return Ok(());
+        }
+        Err(DeviceError::ReservationSize {
+            device: self.context().id().clone(),
+            what: what(),
+            needed,
+            reserved: reservation.bytes(),
+        })
+    }
+
     /// Creates a context on `gpu` and loads the kernels.
     ///
     /// # Errors

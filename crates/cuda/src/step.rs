@@ -226,14 +226,7 @@ impl StepOps for CudaDevice {
         reservation: Reservation,
     ) -> Result<CudaWorkspace, DeviceError> {
         let needed = self.workspace_bytes(shape);
-        if reservation.bytes() != needed {
-            return Err(DeviceError::ReservationSize {
-                device: self.context().id().clone(),
-                what: "a workspace".to_owned(),
-                needed,
-                reserved: reservation.bytes(),
-            });
-        }
+        self.check_reservation(|| "a workspace".to_owned(), needed, &reservation)?;
         let offsets = Offsets::of(shape);
         let mut memory = CudaBuffer::allocate(self.context(), reservation)?;
         memory.clear(self.stream())?;

@@ -39,14 +39,8 @@ impl CudaDevice {
         let header = source.header();
         let layout = Layout::new(&header);
         let needed = Bytes::from_usize(layout.total);
-        if reservation.bytes() != needed {
-            return Err(DeviceError::ReservationSize {
-                device: self.context().id().clone(),
-                what: format!("an embedding of {header:?} on {}", reservation.device()),
-                needed,
-                reserved: reservation.bytes(),
-            });
-        }
+        let what = || format!("an embedding of {header:?} on {}", reservation.device());
+        self.check_reservation(what, needed, &reservation)?;
         let LinearSource::Float(linear) = source else {
             return Err(DeviceError::Operation {
                 device: self.context().id().clone(),

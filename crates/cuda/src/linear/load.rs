@@ -520,14 +520,7 @@ impl CudaDevice {
         let header = source.header();
         let layout = Layout::new(&header);
         let needed = Bytes::from_usize(layout.total);
-        if reservation.bytes() != needed {
-            return Err(DeviceError::ReservationSize {
-                device: self.context().id().clone(),
-                what: format!("a linear of {header:?}"),
-                needed,
-                reserved: reservation.bytes(),
-            });
-        }
+        self.check_reservation(|| format!("a linear of {header:?}"), needed, &reservation)?;
         if layout.blocks > MOST_BLOCKS {
             return Err(DeviceError::Operation {
                 device: self.context().id().clone(),
