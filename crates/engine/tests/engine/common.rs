@@ -140,6 +140,15 @@ pub(crate) fn sampled(prompt_ids: &[u32], max_new_tokens: usize, seed: u64) -> J
     }
 }
 
+/// Runs jobs together, each to its end.
+pub(crate) fn run_all(engine: &Engine, jobs: &[Job]) -> Vec<Completion> {
+    let streams: Vec<_> = jobs
+        .iter()
+        .map(|job| engine.submit(job.clone()).unwrap())
+        .collect();
+    streams.into_iter().map(|stream| stream.wait()).collect()
+}
+
 /// Runs a job to its end and checks that the events add up.
 pub(crate) fn run(engine: &Engine, job: Job) -> Completion {
     let mut finished = 0;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use oxllama_backend::DrawLimits;
 use oxllama_backend::reference::draw;
 use oxllama_engine::{
-    Completion, Engine, EngineError, EngineSettings, FinishReason, Guidance, Job, SamplingSettings,
+    Engine, EngineError, EngineSettings, FinishReason, Guidance, Job, SamplingSettings,
     Speculation, Stage,
 };
 use oxllama_format::AdapterSource;
@@ -15,7 +15,7 @@ use oxllama_model::{
 };
 
 use crate::common::{
-    PROMPT, SHAPE, Shape, engine_with, greedy, load, prompt, run, sampled, settings,
+    PROMPT, SHAPE, Shape, engine_with, greedy, load, prompt, run, run_all, sampled, settings,
 };
 
 /// A model that draws by the definition, within limits of its own.
@@ -191,14 +191,6 @@ fn job(sampling: SamplingSettings, seed: u64) -> Job {
         seed,
         ..Job::new(ids, 30)
     }
-}
-
-fn run_all(engine: &Engine, jobs: &[Job]) -> Vec<Completion> {
-    let streams: Vec<_> = jobs
-        .iter()
-        .map(|job| engine.submit(job.clone()).unwrap())
-        .collect();
-    streams.into_iter().map(|stream| stream.wait()).collect()
 }
 
 /// Measures nothing beforehand, so that only jobs draw.

@@ -1,9 +1,11 @@
 //! A job's tokens depend on the job alone.
 
-use oxllama_engine::{Completion, Engine, EngineSettings, Job};
+use oxllama_engine::{Completion, EngineSettings, Job};
 use oxllama_memory::CacheFormat;
 
-use crate::common::{Shape, engine, engine_with, load, prompt, run, run_alone, sampled, settings};
+use crate::common::{
+    Shape, engine, engine_with, load, prompt, run, run_all, run_alone, sampled, settings,
+};
 
 const WIDE: Shape = Shape {
     context_tokens: 1024,
@@ -27,14 +29,6 @@ fn crowd() -> Vec<Job> {
             }
         })
         .collect()
-}
-
-fn run_all(engine: &Engine, jobs: &[Job]) -> Vec<Completion> {
-    let streams: Vec<_> = jobs
-        .iter()
-        .map(|job| engine.submit(job.clone()).unwrap())
-        .collect();
-    streams.into_iter().map(|stream| stream.wait()).collect()
 }
 
 #[track_caller]
