@@ -444,6 +444,43 @@ __device__ __forceinline__ void clear(Sums<ROW_TILES>& sums) {
     }
 }
 
+// The sums of one tile over a warp's range, of blocks `begin..end`, whose units end at `units_end`.
+// Activations are there if all of the range fit into the warp's `places`; else they are copied, as many
+// blocks at a time as do.
+template <int ROW_TILES>
+__device__ __forceinline__ void multiply_tile(Stream<ROW_TILES>& stream, const LinearArgs& args,
+                                              const LinearMatrix& target, const Unit* unit,
+                                              const Unit* units_end, const char* x_lane,
+                                              char* places, int begin, int end) {
+    const int lane = stream.lane;
+    const bool is_exl2 = target.matrix.encoding == ENCODING_EXL2;
+    stream.x.next = x_lane;
+    int block = begin;
+    clear<ROW_TILES>(stream.sums);
+    clear<ROW_TILES>(stream.part);
+    int room = args.x_blocks >= end - begin ? end - begin : 0;
+#pragma unroll 1
+    while (unit != units_end) {
+        const uint32_t run = unit->shape & SHAPE_OF_RUN;
+        const int run_blocks = blocks_of(run);
+        if (room < run_blocks) {
+            room = min(args.x_blocks, end - block);
+            fill_rows(args, target.x, lane, block, room, places);
+            stream.x.next = x_lane;
+        }
+        const Unit* run_end = unit;
+#pragma unroll 1
+        do {
+            ++run_end;
+            room -= run_blocks;
+            block += run_blocks;
+        } while (run_end != units_end && (run_end->shape & SHAPE_OF_RUN) == run &&
+                 room >= run_blocks);
+        stream.multiply(unit, run_end, is_exl2);
+        unit = run_end;
+    }
+}
+
 template <int ROW_TILES>
 __device__ __forceinline__ void linear(const LinearArgs& args) {
     constexpr int RING = SLOTS * SLOT_BYTES;
@@ -495,38 +532,13 @@ __device__ __forceinline__ void linear(const LinearArgs& args) {
     for (int item = first_item; item < item_end;) {
         const LinearMatrix& target = args.matrices[index];
         const int matrix_end = target.first_item + target.matrix.tiles;
-        const bool is_exl2 = target.matrix.encoding == ENCODING_EXL2;
         const Unit* unit = units + index * args.range_blocks;
         const Unit* units_end = unit + all_ranges[warp][index].units;
         if (fits && x_source != target.x) {
             x_source = target.x;
             fill_rows(args, x_source, lane, begin, end - begin, places);
         }
-        stream.x.next = x_lane;
-        int block = begin;
-        clear<ROW_TILES>(stream.sums);
-        clear<ROW_TILES>(stream.part);
-        int room = fits ? end - begin : 0;
-#pragma unroll 1
-        while (unit != units_end) {
-            const uint32_t run = unit->shape & SHAPE_OF_RUN;
-            const int run_blocks = blocks_of(run);
-            if (room < run_blocks) {
-                room = min(args.x_blocks, end - block);
-                fill_rows(args, target.x, lane, block, room, places);
-                stream.x.next = x_lane;
-            }
-            const Unit* run_end = unit;
-#pragma unroll 1
-            do {
-                ++run_end;
-                room -= run_blocks;
-                block += run_blocks;
-            } while (run_end != units_end && (run_end->shape & SHAPE_OF_RUN) == run &&
-                     room >= run_blocks);
-            stream.multiply(unit, run_end, is_exl2);
-            unit = run_end;
-        }
+        multiply_tile<ROW_TILES>(stream, args, target, unit, units_end, x_lane, places, begin, end);
 
         ++item;
         if constexpr (ROW_TILES == 1) {
