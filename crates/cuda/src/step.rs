@@ -216,7 +216,7 @@ impl StepOps for CudaDevice {
 
     fn workspace_bytes(&self, shape: &WorkspaceShape) -> Bytes {
         let has_library = self.blaslt().is_some();
-        let linear = LinearScratch::bytes(shape, self.info().multiprocessors, has_library);
+        let linear = LinearScratch::bytes(shape, has_library);
         Bytes::from_usize(Offsets::of(shape).end + linear)
     }
 
@@ -245,12 +245,8 @@ impl StepOps for CudaDevice {
             rows: 0,
             is_decode: false,
         };
-        let linear = LinearScratch::new(
-            shape,
-            self.info().multiprocessors,
-            self.blaslt().is_some(),
-            inputs.memory.at(offsets.end),
-        );
+        let linear = inputs.memory.at(offsets.end);
+        let linear = LinearScratch::new(shape, self.blaslt().is_some(), linear);
         let attention = AttentionScratch::new(shape, inputs.memory.at(offsets.attention));
         let draws = inputs.memory.at(offsets.draws);
         let draws = DrawScratch::new(self.context(), shape, draws)?;

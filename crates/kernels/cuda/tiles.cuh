@@ -72,7 +72,7 @@ struct TileMatrix {
                                  //   [g, i] is output g + 8 i's; float: unused
     const uint32_t* zeros;       // GPTQ: u8 [tiles, groups, 8, 4] likewise; else unused
     const uint2* block_table;    // BlockInfo [blocks]
-    const uint4* range_table;    // for `linear.cu`: WarpRange [ranges], then Unit [ranges, longest
+    const uint4* range_table;    // for units.cuh: WarpRange [ranges], then Unit [ranges, longest
                                  //   range's blocks], of which a range uses the first ones
     int32_t blocks;              // K / 32
     int32_t groups;

@@ -63,7 +63,7 @@ impl CudaDevice {
             permutation: None,
             order: super::hash_of(&[]),
             bias: None,
-            plan: Plan::new(&layout, most_shared_bytes(self.info())),
+            plan: Plan::of(layout.blocks, most_shared_bytes(self.info())),
             layout,
             _memory: LinearMemory::Host((memory, reservation)),
         })

@@ -5,10 +5,7 @@ use oxllama_backend::{DeviceError, Store};
 
 use super::blaslt::Product;
 use super::layout::{TILE_OUTPUTS, TileMatrix};
-use super::plan::{
-    MOST_WARPS, NARROW_ROWS, STREAMED_ROWS, StreamShape, WIDE_SHARED_BYTES, WIDE_TILES,
-    most_shared_bytes,
-};
+use super::plan::{Division, Kind, LaunchShape, Limits, ROWS_OF_TILE, most_shared_bytes};
 use super::scratch::{FEW_ROWS, LinearScratch};
 use super::{CudaLinear, MOST_MATRICES};
 use crate::context::GpuInfo;
@@ -16,9 +13,6 @@ use crate::device::CudaDevice;
 use crate::error::CudaUnavailable;
 use crate::launch::Launch;
 use crate::module::{Kernel, Modules};
-
-/// Rows of the largest launch that multiplies weights as they are stored.
-const ROWS_OF_LAUNCH: usize = 32;
 
 /// Warps of a block of `oxl_dequantise`, and the blocks of weights that one takes.
 const DEQUANTISE_WARPS: usize = 8;
@@ -40,8 +34,7 @@ struct LinearMatrix {
     out: CUdeviceptr,
     out_features: i32,
     first_item: i32,
-    first_counter: i32,
-    first_partial: i32,
+    reserved: [i32; 2],
 }
 
 /// `LinearArgs` of `linear.cuh`.
@@ -55,13 +48,13 @@ struct LinearArgs {
     accumulate: i32,
     store_scale: f32,
     ranges_shift: i32,
+    first_item: i32,
     items: i32,
     blocks: i32,
-    x_blocks: i32,
     range_blocks: i32,
     tile_buffers: i32,
-    split_shift: i32,
-    reserved: i32,
+    parts_shift: i32,
+    part_blocks: i32,
     matrices: [LinearMatrix; MOST_MATRICES],
 }
 
@@ -87,11 +80,13 @@ struct AddBiasArgs {
     reserved: i32,
 }
 
-/// The entries of `linear.cu`, `linear_wide.cu`, `dequantise.cu` and `repack.cu`.
+/// The entries of `linear.cu`, `linear_parts.cu`, `dequantise.cu` and `repack.cu`.
 #[derive(Debug)]
 pub(crate) struct LinearKernels {
-    /// Up to 8, 16 and 32 rows.
-    by_rows: [Kernel; 3],
+    /// Up to 8 rows, whose activations a multiprocessor has room for.
+    few: Kernel,
+    /// Up to 8, 16, 24 and 32 rows.
+    parts: [Kernel; 4],
     dequantise: Kernel,
     add_bias: Kernel,
     pub(super) repack_exl2: Kernel,
@@ -103,13 +98,16 @@ pub(crate) struct LinearKernels {
 
 impl LinearKernels {
     pub(crate) fn find(modules: &Modules, gpu: &GpuInfo) -> Result<Self, CudaUnavailable> {
-        let linear = |name| modules.kernel("linear", name, most_shared_bytes(gpu));
+        let shared_bytes = most_shared_bytes(gpu);
+        let parts = |name| modules.kernel("linear_parts", name, shared_bytes);
         let repack = |name| modules.kernel("repack", name, 0);
         Ok(Self {
-            by_rows: [
-                linear("oxl_linear_8")?,
-                linear("oxl_linear_16")?,
-                modules.kernel("linear_wide", "oxl_linear_32", WIDE_SHARED_BYTES)?,
+            few: modules.kernel("linear", "oxl_linear_few", shared_bytes)?,
+            parts: [
+                parts("oxl_linear_8")?,
+                parts("oxl_linear_16")?,
+                parts("oxl_linear_24")?,
+                parts("oxl_linear_32")?,
             ],
             dequantise: modules.kernel("dequantise", "oxl_dequantise", 0)?,
             add_bias: modules.kernel("dequantise", "oxl_add_bias", 0)?,
@@ -140,15 +138,13 @@ fn store_numbers(store: Store) -> (i32, f32) {
     }
 }
 
-/// The matrices of a launch from `first_row` on, and its items: column tiles, or CTAs that have
-/// [`WIDE_TILES`] of them and share K with `split`.
-fn divide(
+/// The matrices of launches from `first_row` on, and their column tiles.
+fn matrices_of(
     operands: &[Operand<'_>],
     first_row: usize,
-    split: Option<usize>,
 ) -> ([LinearMatrix; MOST_MATRICES], usize) {
     let mut matrices = [LinearMatrix::default(); MOST_MATRICES];
-    let (mut items, mut counters, mut partials) = (0, 0, 0);
+    let mut tiles = 0;
     for (target, operand) in matrices.iter_mut().zip(operands) {
         let weights = operand.weights;
         let layout = &weights.layout;
@@ -160,20 +156,12 @@ fn divide(
             bias: weights.bias.unwrap_or(0),
             out: operand.out + out_bytes as u64,
             out_features: weights.out_features as i32,
-            first_item: items as i32,
-            first_counter: counters as i32,
-            first_partial: partials as i32,
+            first_item: tiles as i32,
+            reserved: [0; 2],
         };
-        if let Some(split) = split {
-            let groups = layout.tiles.div_ceil(WIDE_TILES);
-            items += groups * split;
-            counters += groups;
-            partials += layout.tiles * split;
-        } else {
-            items += layout.tiles;
-        }
+        tiles += layout.tiles;
     }
-    (matrices, items)
+    (matrices, tiles)
 }
 
 impl CudaDevice {
@@ -204,7 +192,7 @@ impl CudaDevice {
         Ok(())
     }
 
-    /// Multiplies weights as they are stored, in passes of [`ROWS_OF_LAUNCH`] rows.
+    /// Multiplies weights as they are stored, some rows at a time.
     ///
     /// # Safety
     /// As [`Self::multiply`].
@@ -216,65 +204,82 @@ impl CudaDevice {
         scratch: &LinearScratch,
     ) -> Result<(), DeviceError> {
         let (accumulate, store_scale) = store_numbers(store);
-        let kernels = &self.kernels().linear;
-        let multiprocessors = self.info().multiprocessors;
         // All matrices have as many inputs.
         let plan = operands[0].weights.plan;
-        let tiles = operands
-            .iter()
-            .map(|operand| operand.weights.layout.tiles)
-            .sum();
-        for first_row in (0..rows).step_by(ROWS_OF_LAUNCH) {
-            let count = (rows - first_row).min(ROWS_OF_LAUNCH);
-            let shape = StreamShape {
-                rows: count,
+        let limits = Limits::of(self.info());
+        let mut first_row = 0;
+        while first_row < rows {
+            let (matrices, tiles) = matrices_of(operands, first_row);
+            let shape = LaunchShape {
+                rows: rows - first_row,
                 matrices: operands.len(),
-                tiles_of_cta: usize::div_ceil(tiles, multiprocessors),
+                tiles,
             };
-            let streamed = if count > STREAMED_ROWS {
-                None
-            } else {
-                plan.streamed(shape, most_shared_bytes(self.info()))
+            let division = plan.divide(shape, limits);
+            let division = division.expect("a linear with too many inputs is not loaded");
+            let (tile_buffers, parts, part_blocks) = match division.kind {
+                Kind::Few { tile_buffers } => (tile_buffers, 1, 0),
+                Kind::Parts { parts, part_blocks } => (0, parts, part_blocks),
             };
-            let split = if count > STREAMED_ROWS {
-                plan.split(tiles, multiprocessors)
-            } else {
-                1
-            };
-            let (matrices, items) =
-                divide(operands, first_row, streamed.is_none().then_some(split));
             let args = LinearArgs {
-                partials: scratch.partials(),
+                partials: scratch.partial_sums(),
                 counters: scratch.counters(),
                 matrix_count: operands.len() as i32,
-                rows: count as i32,
+                rows: division.rows as i32,
                 accumulate,
                 store_scale,
                 ranges_shift: plan.ranges.ilog2() as i32,
-                items: items as i32,
-                blocks: operands[0].weights.layout.blocks as i32,
-                x_blocks: streamed.map_or(0, |streamed| streamed.x_blocks) as i32,
+                first_item: 0,
+                items: tiles as i32,
+                blocks: plan.blocks as i32,
                 range_blocks: plan.range_blocks as i32,
-                tile_buffers: streamed.map_or(0, |streamed| streamed.tile_buffers) as i32,
-                split_shift: split.ilog2() as i32,
-                reserved: 0,
+                tile_buffers: tile_buffers as i32,
+                parts_shift: parts.ilog2() as i32,
+                part_blocks: part_blocks as i32,
                 matrices,
             };
-            let [narrow, middle, wide] = kernels.by_rows;
-            let (kernel, ctas, warps, shared_bytes) = match streamed {
-                None => (wide, items, MOST_WARPS, WIDE_SHARED_BYTES),
-                Some(streamed) => {
-                    let kernel = if count <= NARROW_ROWS { narrow } else { middle };
-                    let ctas = items.min(multiprocessors);
-                    (kernel, ctas, plan.ranges, streamed.shared_bytes)
-                }
-            };
+            // SAFETY: the caller's promise.
+            unsafe { self.launch_division(division, args, scratch)? };
+            first_row += division.rows;
+        }
+        Ok(())
+    }
+
+    /// Launches a product over all of `args`' tiles: at once, or as many at a time as there is room
+    /// for partial sums.
+    ///
+    /// # Safety
+    /// As [`Self::multiply`], of what `args` names.
+    unsafe fn launch_division(
+        &self,
+        division: Division,
+        mut args: LinearArgs,
+        scratch: &LinearScratch,
+    ) -> Result<(), DeviceError> {
+        let kernels = &self.kernels().linear;
+        let (kernel, parts) = match division.kind {
+            Kind::Few { .. } => (kernels.few, 1),
+            Kind::Parts { parts, .. } => {
+                let row_tiles = division.rows.div_ceil(ROWS_OF_TILE);
+                (kernels.parts[row_tiles - 1], parts)
+            }
+        };
+        let tiles = args.items as usize;
+        let most_tiles = match parts {
+            1 => tiles,
+            _ => scratch.partials / parts,
+        };
+        let shares = (self.info().multiprocessors / parts).max(1);
+        for first_tile in (0..tiles).step_by(most_tiles) {
+            let items = (tiles - first_tile).min(most_tiles);
+            args.first_item = first_tile as i32;
+            args.items = items as i32;
             let launch = Launch {
-                shared_bytes,
-                ..Launch::linear(ctas, warps * 32)
+                shared_bytes: division.shared_bytes,
+                ..Launch::linear(parts * shares.min(items), division.warps * 32)
             };
-            // SAFETY: the structure is the kernel's; `most_partials` bounds what the
-            // launch uses of the scratch; the rest is the caller's promise.
+            // SAFETY: the structure is the kernel's; its partial sums have room; the rest is the
+            // caller's promise.
             unsafe { self.launch(kernel, launch, &args)? };
         }
         Ok(())

@@ -11,10 +11,8 @@ use oxllama_backend::DeviceError;
 use oxllama_format::{DType, Exl2Linear, FloatLinear, GptqLinear, LinearSource};
 use oxllama_memory::{Bytes, Reservation};
 
-use super::layout::{
-    BLOCK_INPUTS, Layout, MOST_BLOCKS, TILE_OUTPUTS, UNIT_BYTES, block_table, groups, section_ends,
-};
-use super::plan::{Plan, most_shared_bytes};
+use super::layout::{Layout, TILE_OUTPUTS, UNIT_BYTES, block_table, groups, section_ends};
+use super::plan::{Limits, Plan};
 use super::ranges::range_table;
 use super::{CudaLinear, LinearMemory};
 use crate::buffer::CudaBuffer;
@@ -521,16 +519,20 @@ impl CudaDevice {
         let layout = Layout::new(&header);
         let needed = Bytes::from_usize(layout.total);
         self.check_reservation(|| format!("a linear of {header:?}"), needed, &reservation)?;
-        if layout.blocks > MOST_BLOCKS {
+        let limits = Limits::of(self.info());
+        let plan = Plan::of(layout.blocks, limits.shared_bytes);
+        if !plan.can_be_divided(limits) {
             return Err(DeviceError::Operation {
                 device: self.context().id().clone(),
                 operation: format!("loading a linear of {} inputs", header.in_features),
-                reason: format!("kernels take up to {}", MOST_BLOCKS * BLOCK_INPUTS),
+                reason: format!(
+                    "a multiprocessor's {} of shared memory are too little for so many",
+                    Bytes::from_usize(limits.shared_bytes)
+                ),
             });
         }
         let buffer = CudaBuffer::allocate(self.context(), reservation)?;
         let order = permutation(source);
-        let plan = Plan::new(&layout, most_shared_bytes(self.info()));
         let mut loader = self.loaders().take(self.context())?;
         let mut load = Load {
             device: self,

@@ -1,18 +1,13 @@
 //! How one product is divided among the multiprocessors.
 
-use super::layout::Layout;
+use super::MOST_MATRICES;
+use super::layout::{MOST_BLOCKS, TILE_OUTPUTS};
 use crate::context::GpuInfo;
 
-/// Bytes of shared memory of a warp's ring in `oxl_linear_32`; `RING_BYTES` in `linear.cuh`.
-pub(crate) const RING_BYTES: usize = 4096;
+/// Bytes of a warp's ring of units: `SLOTS * SLOT_BYTES` in `units.cuh`.
+const RING_BYTES: usize = 2 * (2048 + 128);
 
-/// Bytes of a warp's ring of units: `SLOTS * SLOT_BYTES` in `linear.cu`.
-const UNIT_RING_BYTES: usize = 2 * (2048 + 128);
-
-/// Blocks of a unit, at most: activations must have room for as many.
-const MOST_UNIT_BLOCKS: usize = 4;
-
-/// Tiles whose sums are joined at once, at most.
+/// Tiles whose sums `oxl_linear_few` joins at once, at most.
 const MOST_TILE_BUFFERS: usize = 8;
 
 /// Bytes of a unit in the table of a range.
@@ -21,26 +16,23 @@ const UNIT_ENTRY_BYTES: usize = 8;
 /// Warps of a block of threads (CTA), at most; `MOST_WARPS` in `linear.cuh`.
 pub(crate) const MOST_WARPS: usize = 16;
 
-/// Column tiles of a CTA for more than [`STREAMED_ROWS`] rows; `WIDE_TILES` in `linear_wide.cu`.
-pub(crate) const WIDE_TILES: usize = 4;
+/// Rows of a tensor core's operand; `ROWS_OF_TILE` in `linear.cuh`.
+pub(crate) const ROWS_OF_TILE: usize = 8;
 
-/// Rows up to which CTAs stream tile after tile.
-pub(crate) const STREAMED_ROWS: usize = 16;
+/// Rows of the largest launch.
+pub(crate) const ROWS_OF_LAUNCH: usize = 32;
 
-/// Rows of a tensor core's operand, and of the sums that lie in shared memory at once.
-pub(crate) const NARROW_ROWS: usize = 8;
+/// Ranges of a part of K, at most: there is room for the sums of two that wait for others.
+const MOST_PART_RANGES: usize = 4;
 
-/// Ranges of K that are summed before others join; `RANGES_OF_SUM` in `linear.cuh`.
-const RANGES_OF_SUM: usize = 4;
+/// Tiles' sums of parts of K that a launch leaves for others to join, at most: 16 MiB of 32 rows.
+const MOST_PARTIALS: usize = 4096;
 
 /// Blocks of K that a range should have at least: fewer are not worth their share of the sums.
 const LEAST_BLOCKS: usize = 2;
 
 /// Shared memory of a CTA that is not dynamic, at most.
 const STATIC_SHARED_BYTES: usize = 2 * 1024;
-
-/// Dynamic shared memory that a CTA of `oxl_linear_32` needs.
-pub(crate) const WIDE_SHARED_BYTES: usize = (MOST_WARPS + WIDE_TILES) * RING_BYTES;
 
 /// Bytes of one row's activations of a block.
 const ROW_BLOCK_BYTES: usize = 64;
@@ -58,117 +50,207 @@ pub(crate) fn most_shared_bytes(gpu: &GpuInfo) -> usize {
 /// are divided alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Plan {
+    /// Blocks of K.
+    pub(crate) blocks: usize,
     /// Ranges of K, one a warp: a power of two.
     pub(crate) ranges: usize,
     /// Blocks of the longest range.
     pub(crate) range_blocks: usize,
 }
 
-/// What the shared memory of a launch of few rows depends on.
+/// What is multiplied by one launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct StreamShape {
-    /// Up to [`STREAMED_ROWS`].
+pub(crate) struct LaunchShape {
+    /// Rows that there are: a launch takes up to [`ROWS_OF_LAUNCH`] of them.
     pub(crate) rows: usize,
-    /// Of the launch.
+    /// How many matrices.
     pub(crate) matrices: usize,
-    /// Column tiles that a CTA has, at most.
-    pub(crate) tiles_of_cta: usize,
+    /// Column tiles of all of them.
+    pub(crate) tiles: usize,
 }
 
-/// The shared memory of a launch of few rows.
+/// How a launch is divided.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Streamed {
-    /// Blocks of activations that a warp keeps.
-    pub(crate) x_blocks: usize,
-    /// Tiles whose sums are joined at once.
-    pub(crate) tile_buffers: usize,
+pub(crate) struct Division {
+    /// Rows of the launch.
+    pub(crate) rows: usize,
+    /// By which kernel.
+    pub(crate) kind: Kind,
+    /// Warps of a CTA.
+    pub(crate) warps: usize,
     /// Dynamic shared memory of a CTA.
     pub(crate) shared_bytes: usize,
 }
 
-impl Plan {
-    pub(crate) fn new(layout: &Layout, most_shared_bytes: usize) -> Self {
-        Self::of(layout.blocks, most_shared_bytes)
-    }
+/// The kernel of a launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// `oxl_linear_few`: a CTA has all of K.
+    Few {
+        /// Tiles whose sums are joined at once.
+        tile_buffers: usize,
+    },
+    /// The others: a CTA has a part of K.
+    Parts {
+        /// Parts of K: a power of two.
+        parts: usize,
+        /// Blocks of the longest part.
+        part_blocks: usize,
+    },
+}
 
+impl Plan {
     pub(crate) fn of(blocks: usize, most_shared_bytes: usize) -> Self {
+        /// Blocks up to which eight ranges are short enough for smaller devices.
+        const BLOCKS_OF_EIGHT: usize = 1024;
         // Rings and activations of sixteen warps want more than smaller devices have.
         let mut ranges = match most_shared_bytes {
-            0..131_072 => MOST_WARPS / 2,
+            0..131_072 if blocks <= BLOCKS_OF_EIGHT => MOST_WARPS / 2,
             _ => MOST_WARPS,
         };
         while ranges > 1 && blocks < ranges * LEAST_BLOCKS {
             ranges /= 2;
         }
         Self {
+            blocks,
             ranges,
             range_blocks: blocks.div_ceil(ranges),
         }
     }
 
-    /// The first block of a range of a matrix of `blocks`, as the kernels divide them.
-    pub(crate) fn range_start(&self, range: usize, blocks: usize) -> usize {
-        blocks * range / self.ranges
+    /// The first block of a range, as the kernels divide them.
+    pub(crate) fn range_start(&self, range: usize) -> usize {
+        self.blocks * range / self.ranges
     }
 
-    /// How a launch of `rows` rows, up to [`STREAMED_ROWS`], shares its memory; `None` where tables
-    /// of so many inputs leave no room: then rows are multiplied as more rows are.
-    pub(crate) fn streamed(
-        &self,
-        shape: StreamShape,
-        most_shared_bytes: usize,
-    ) -> Option<Streamed> {
-        let StreamShape {
+    /// Whether products over so many inputs can be divided at all.
+    pub(crate) fn can_be_divided(&self, limits: Limits) -> bool {
+        let shape = LaunchShape {
+            rows: 1,
+            matrices: MOST_MATRICES,
+            tiles: 1,
+        };
+        self.blocks <= MOST_BLOCKS && self.divide(shape, limits).is_some()
+    }
+
+    /// The division of the next launch over `shape`; `None` where so many inputs leave no room
+    /// even for one row.
+    pub(crate) fn divide(&self, shape: LaunchShape, limits: Limits) -> Option<Division> {
+        // As many in each launch: two of 17 cost less than one of 32 and one of 2.
+        let launches = shape.rows.div_ceil(ROWS_OF_LAUNCH);
+        let rows = shape.rows.div_ceil(launches.max(1));
+        let few = |rows| self.few(LaunchShape { rows, ..shape }, limits);
+        let parts = |rows: usize| {
+            let row_tiles = rows.div_ceil(ROWS_OF_TILE);
+            let fewer = (1..row_tiles).rev().map(|tiles| tiles * ROWS_OF_TILE);
+            std::iter::once(rows)
+                .chain(fewer)
+                .find_map(|rows| self.parts(LaunchShape { rows, ..shape }, limits))
+        };
+        let whole = (rows <= ROWS_OF_TILE).then(|| few(rows)).flatten();
+        whole
+            .or_else(|| parts(rows))
+            .or_else(|| (1..=rows.min(ROWS_OF_TILE)).rev().find_map(few))
+    }
+
+    /// All of K in every CTA, if its activations fit.
+    fn few(&self, shape: LaunchShape, limits: Limits) -> Option<Division> {
+        let LaunchShape {
             rows,
             matrices,
-            tiles_of_cta,
+            tiles,
         } = shape;
-        let sum_bytes = rows.min(NARROW_ROWS) * ROW_SUM_BYTES;
-        let fixed = UNIT_RING_BYTES + matrices * self.range_blocks * UNIT_ENTRY_BYTES;
-        let room = (most_shared_bytes / self.ranges).checked_sub(fixed + sum_bytes)?;
-        let block_bytes = rows * ROW_BLOCK_BYTES;
-        let x_blocks = (room / block_bytes).min(self.range_blocks);
-        if x_blocks < self.range_blocks.min(MOST_UNIT_BLOCKS) {
-            return None;
-        }
-        let room = room - x_blocks * block_bytes;
-        // Activations that do not all fit are copied for every tile anew: more of them rather
-        // than more sums.
-        let buffers = if rows > NARROW_ROWS {
-            1
-        } else {
-            1 + (room / sum_bytes).min(tiles_of_cta.clamp(1, MOST_TILE_BUFFERS) - 1)
-        };
-        Some(Streamed {
-            x_blocks,
-            tile_buffers: buffers,
-            shared_bytes: self.ranges * (fixed + x_blocks * block_bytes + buffers * sum_bytes),
+        let sum_bytes = rows * ROW_SUM_BYTES;
+        let fixed = RING_BYTES
+            + matrices * self.range_blocks * UNIT_ENTRY_BYTES
+            + self.range_blocks * rows * ROW_BLOCK_BYTES;
+        let room = (limits.shared_bytes / self.ranges).checked_sub(fixed)?;
+        let tiles_of_cta = tiles.div_ceil(limits.multiprocessors);
+        let tile_buffers = (room / sum_bytes).min(tiles_of_cta).min(MOST_TILE_BUFFERS);
+        (tile_buffers > 0).then_some(Division {
+            rows,
+            kind: Kind::Few { tile_buffers },
+            warps: self.ranges,
+            shared_bytes: self.ranges * (fixed + tile_buffers * sum_bytes),
         })
     }
 
-    /// Parts of K of four ranges or fewer, whose sums are joined at last.
-    pub(crate) fn parts(&self) -> usize {
-        self.ranges.div_ceil(RANGES_OF_SUM)
+    /// K in parts, whose activations and warps must fit into a multiprocessor.
+    fn parts(&self, shape: LaunchShape, limits: Limits) -> Option<Division> {
+        // More rows take more registers.
+        let most_warps = match shape.rows.div_ceil(ROWS_OF_TILE) {
+            1 => 16,
+            2 => 12,
+            _ => 8,
+        };
+        [most_warps, 4, 1].into_iter().find_map(|warps| {
+            let least_parts = self.ranges.div_ceil(MOST_PART_RANGES);
+            let parts = |shift| least_parts << shift;
+            let possible = (0..).map(parts).take_while(|&parts| parts <= self.ranges);
+            let divisions = possible.filter_map(|parts| self.in_parts(shape, parts, warps, limits));
+            let best = divisions.min_by_key(|&(cost, _)| cost);
+            best.map(|(_, division)| division)
+        })
     }
 
-    /// CTAs that share the K of `tiles` column tiles of a launch of more than [`STREAMED_ROWS`]
-    /// rows: one for each part where tiles alone do not make work for all multiprocessors.
-    pub(crate) fn split(&self, tiles: usize, multiprocessors: usize) -> usize {
-        if tiles <= WIDE_TILES * multiprocessors {
-            self.parts()
-        } else {
-            1
+    /// So many parts of K by so many warps, and what that costs; `None` if it does not fit.
+    fn in_parts(
+        &self,
+        shape: LaunchShape,
+        parts: usize,
+        warps: usize,
+        limits: Limits,
+    ) -> Option<(usize, Division)> {
+        /// Blocks that could be multiplied while a tile's sums are written, reported and joined.
+        const BLOCKS_OF_A_TILE: usize = 20;
+        let padded_rows = shape.rows.next_multiple_of(ROWS_OF_TILE);
+        let ranges = self.ranges / parts;
+        let part_blocks = self.blocks.div_ceil(parts);
+        let waiting_bytes = ranges / 2 * padded_rows * ROW_SUM_BYTES;
+        let table_bytes = shape.matrices * ranges * self.range_blocks * UNIT_ENTRY_BYTES;
+        let x_bytes = part_blocks * padded_rows * ROW_BLOCK_BYTES;
+        let shared_bytes = warps * (RING_BYTES + waiting_bytes) + x_bytes + table_bytes;
+        let shares = (limits.multiprocessors / parts).max(1);
+        let tiles_of_warp = shape.tiles.div_ceil(shares).div_ceil(warps);
+        let cost = tiles_of_warp * (part_blocks + BLOCKS_OF_A_TILE);
+        let division = Division {
+            rows: shape.rows,
+            kind: Kind::Parts { parts, part_blocks },
+            warps,
+            shared_bytes,
+        };
+        (shared_bytes <= limits.shared_bytes).then_some((cost, division))
+    }
+}
+
+/// What a device gives a launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Limits {
+    /// Dynamic shared memory that a CTA may have.
+    pub(crate) shared_bytes: usize,
+    /// How many multiprocessors.
+    pub(crate) multiprocessors: usize,
+}
+
+impl Limits {
+    pub(crate) fn of(gpu: &GpuInfo) -> Self {
+        Self {
+            shared_bytes: most_shared_bytes(gpu),
+            multiprocessors: gpu.multiprocessors,
         }
     }
 }
 
-/// Tiles' sums that a launch of up to `rows` rows may leave for others to join, at most; there are
-/// no more counters.
-pub(crate) fn most_partials(rows: usize, multiprocessors: usize) -> usize {
-    if rows <= STREAMED_ROWS {
-        return 0;
-    }
-    WIDE_TILES * multiprocessors * MOST_WARPS.div_ceil(RANGES_OF_SUM)
+/// Tiles' sums of parts of K that there is room for beside products of up to `out_features` outputs;
+/// there are no more counters.
+pub(crate) fn most_partials(out_features: usize) -> usize {
+    let tiles = MOST_MATRICES * out_features.div_ceil(TILE_OUTPUTS);
+    (tiles * MOST_WARPS).clamp(MOST_WARPS, MOST_PARTIALS)
+}
+
+/// Bytes of one tile's sums of a part of K, for up to `rows` rows.
+pub(crate) fn partial_bytes(rows: usize) -> usize {
+    rows.min(ROWS_OF_LAUNCH).next_multiple_of(ROWS_OF_TILE) * ROW_SUM_BYTES
 }
 
 #[cfg(test)]
@@ -184,12 +266,10 @@ mod tests {
             for blocks in [1, 2, 3, 5, 18, 31, 64, 128, 344, 896, 65_535] {
                 let plan = Plan::of(blocks, shared_bytes);
                 assert!(plan.ranges.is_power_of_two() && plan.ranges <= MOST_WARPS);
-                assert!(plan.parts().is_power_of_two());
-                // As the kernels divide them.
                 let mut next = 0;
                 for range in 0..plan.ranges {
-                    assert_eq!(blocks * range / plan.ranges, next);
-                    let end = blocks * (range + 1) / plan.ranges;
+                    assert_eq!(plan.range_start(range), next);
+                    let end = plan.range_start(range + 1);
                     assert!(end > next && end - next <= plan.range_blocks);
                     next = end;
                 }
@@ -200,50 +280,104 @@ mod tests {
     }
 
     #[test]
-    fn launches_fit_into_shared_memory() {
+    fn launches_fit_and_take_all_rows() {
         for shared_bytes in SHARED_BYTES {
-            assert!(WIDE_SHARED_BYTES <= shared_bytes);
-            for blocks in [1, 18, 64, 128, 344, 896] {
+            let limits = Limits {
+                shared_bytes,
+                multiprocessors: 100,
+            };
+            for blocks in [1, 2, 18, 64, 128, 344, 896, 1664] {
                 let plan = Plan::of(blocks, shared_bytes);
-                for rows in 1..=STREAMED_ROWS {
-                    for tiles_of_cta in [0, 1, 5, 30] {
-                        let shape = StreamShape {
-                            rows,
-                            matrices: 1,
-                            tiles_of_cta,
-                        };
-                        let streamed = plan.streamed(shape, shared_bytes).unwrap();
-                        assert!(streamed.shared_bytes <= shared_bytes);
-                        assert!((1..=plan.range_blocks).contains(&streamed.x_blocks));
-                        assert!((1..=tiles_of_cta.max(1)).contains(&streamed.tile_buffers));
+                for (matrices, tiles) in [(1, 1), (3, 384), (MOST_MATRICES, 5000)] {
+                    for all in [1, 7, 8, 9, 16, 17, 24, 25, 32, 33, 64, 100, 128] {
+                        let mut left = all;
+                        while left > 0 {
+                            let shape = LaunchShape {
+                                rows: left,
+                                matrices,
+                                tiles,
+                            };
+                            let division = plan.divide(shape, limits).unwrap();
+                            check(&plan, &division, limits);
+                            left -= division.rows;
+                        }
                     }
                 }
             }
         }
-        let few = |rows| StreamShape {
-            rows,
-            matrices: 3,
-            tiles_of_cta: 3,
-        };
-        let plan = Plan::of(128, SHARED_BYTES[2]);
-        for rows in [1, 8, 16] {
-            let streamed = plan.streamed(few(rows), SHARED_BYTES[2]).unwrap();
-            assert_eq!(streamed.x_blocks, 8, "all of 4096 inputs");
-        }
-        let longest = Plan::of(65_535, SHARED_BYTES[2]);
-        assert_eq!(longest.streamed(few(1), SHARED_BYTES[2]), None);
     }
 
-    #[test]
-    fn partial_sums_have_room() {
-        let plan = Plan::of(128, SHARED_BYTES[2]);
-        for multiprocessors in [1, 28, 132] {
-            for tiles in [1, 4, 5, 128, 528, 529, 4008] {
-                let split = plan.split(tiles, multiprocessors);
-                if split > 1 {
-                    assert!(tiles * split <= most_partials(32, multiprocessors));
+    fn check(plan: &Plan, division: &Division, limits: Limits) {
+        assert!((1..=ROWS_OF_LAUNCH).contains(&division.rows));
+        assert!(division.shared_bytes <= limits.shared_bytes, "{division:?}");
+        assert!((1..=MOST_WARPS).contains(&division.warps));
+        match division.kind {
+            Kind::Few { tile_buffers } => {
+                assert!(division.rows <= ROWS_OF_TILE && division.warps == plan.ranges);
+                assert!((1..=MOST_TILE_BUFFERS).contains(&tile_buffers));
+            }
+            Kind::Parts { parts, part_blocks } => {
+                assert!(parts.is_power_of_two() && parts <= plan.ranges);
+                assert!(plan.ranges / parts <= MOST_PART_RANGES);
+                assert!(division.rows <= 8 || division.warps <= 12);
+                assert!(division.rows <= 16 || division.warps <= 8);
+                for part in 0..parts {
+                    let start = plan.blocks * part / parts;
+                    let end = plan.blocks * (part + 1) / parts;
+                    assert_eq!(start, plan.range_start(part * plan.ranges / parts));
+                    assert!(end - start <= part_blocks);
                 }
             }
         }
+    }
+
+    #[test]
+    fn usual_shapes_are_divided_as_the_kernels_were_made_for() {
+        let limits = Limits {
+            shared_bytes: SHARED_BYTES[2],
+            multiprocessors: 132,
+        };
+        let division = |blocks, tiles, rows| {
+            let plan = Plan::of(blocks, limits.shared_bytes);
+            let shape = LaunchShape {
+                rows,
+                matrices: 1,
+                tiles,
+            };
+            let division = plan.divide(shape, limits).unwrap();
+            match division.kind {
+                Kind::Few { .. } => (division.rows, division.warps, 0),
+                Kind::Parts { parts, .. } => (division.rows, division.warps, parts),
+            }
+        };
+        assert_eq!(division(128, 384, 1), (1, 16, 0));
+        assert_eq!(division(128, 384, 8), (8, 16, 0));
+        assert_eq!(division(344, 128, 8), (8, 16, 16));
+        assert_eq!(division(128, 384, 16), (16, 12, 4));
+        assert_eq!(division(128, 384, 32), (32, 8, 4));
+        assert_eq!(division(128, 128, 32), (32, 8, 8));
+        assert_eq!(division(344, 128, 32), (32, 8, 8));
+        assert_eq!(division(688, 256, 32), (32, 8, 16));
+        assert_eq!(division(128, 384, 33), (17, 8, 4));
+    }
+
+    #[test]
+    fn what_leaves_no_room_is_not_divided() {
+        let limits = Limits {
+            shared_bytes: SHARED_BYTES[2],
+            multiprocessors: 132,
+        };
+        let plan = Plan::of(65_535, limits.shared_bytes);
+        assert!(!plan.can_be_divided(limits));
+        assert!(Plan::of(6_000, limits.shared_bytes).can_be_divided(limits));
+    }
+
+    #[test]
+    fn every_tile_has_room_for_all_its_parts() {
+        assert_eq!(most_partials(1), 5 * MOST_WARPS);
+        assert_eq!(most_partials(128_256), MOST_PARTIALS);
+        assert!(most_partials(0) >= MOST_WARPS);
+        assert_eq!(partial_bytes(1), 8 * 128);
+        assert_eq!(partial_bytes(2048), 32 * 128);
     }
 }

@@ -1,4 +1,4 @@
-//! What each warp of `linear.cu` does of a matrix, written down once at load.
+//! What each warp of `units.cuh` does of a matrix, written down once at load.
 //!
 //! K is cut into one *range* a warp, and a range into *units*: up to four neighbouring blocks of
 //! one group, which a warp copies and multiplies at a time.
@@ -6,14 +6,14 @@
 use super::layout::{BlockInfo, UNIT_BYTES};
 use super::plan::{MOST_WARPS, Plan};
 
-/// `WarpRange` of `linear.cu`: units, BLOCK_UNIT_BYTES before the range's in a tile, bytes of it
+/// `WarpRange` of `units.cuh`: units, BLOCK_UNIT_BYTES before the range's in a tile, bytes of it
 /// in a tile, nothing.
 type WarpRange = [u32; 4];
 
-/// `Unit` of `linear.cu`.
+/// `Unit` of `units.cuh`.
 type Unit = [u32; 2];
 
-/// `KIND_GPTQ` of `linear.cu`.
+/// `KIND_GPTQ` of `units.cuh`.
 const KIND_GPTQ: u32 = 1;
 
 /// Bytes of the table of a matrix of `blocks` blocks, at most: whatever the device's plan.
@@ -21,7 +21,7 @@ pub(crate) fn most_table_bytes(blocks: usize) -> usize {
     MOST_WARPS * size_of::<WarpRange>() + (blocks + MOST_WARPS) * size_of::<Unit>()
 }
 
-/// Blocks of a full unit; `unit_blocks` in `linear.cu`.
+/// Blocks of a full unit; `unit_blocks` in `units.cuh`.
 fn unit_blocks(bits: u32) -> usize {
     match bits {
         0..=4 => 4,
@@ -37,8 +37,8 @@ pub(crate) fn range_table(blocks: &[BlockInfo], plan: Plan, is_gptq: bool) -> Ve
     let mut units: Vec<Unit> = Vec::new();
     let mut first_unit = 0;
     for range in 0..plan.ranges {
-        let end = plan.range_start(range + 1, blocks.len());
-        let start = plan.range_start(range, blocks.len());
+        let end = plan.range_start(range + 1);
+        let start = plan.range_start(range);
         let before = units.len();
         let mut at = start;
         let mut block_units = 0;
@@ -51,9 +51,13 @@ pub(crate) fn range_table(blocks: &[BlockInfo], plan: Plan, is_gptq: bool) -> Ve
             let count = (group_end - at - 1) % most + 1;
             let kind = if is_gptq { KIND_GPTQ } else { bits };
             let ends_group = u32::from(at + count == group_end);
+            let ends_range = u32::from(at + count == end);
             let bytes = count as u32 * bits * UNIT_BYTES as u32;
             units.push([
-                kind | (count as u32) << 8 | ends_group << 11 | (end_and_scale & 0xffff_0000),
+                kind | (count as u32) << 8
+                    | ends_group << 11
+                    | ends_range << 12
+                    | (end_and_scale & 0xffff_0000),
                 bytes | group << 12,
             ]);
             block_units += count as u32 * bits;
@@ -115,6 +119,7 @@ mod tests {
                     assert!(next <= group_end, "a unit lies in one group");
                     let ends = next == group_end || bytes == range[2];
                     assert_eq!(unit[0] >> 11 & 1 == 1, ends);
+                    assert_eq!(unit[0] >> 12 & 1 == 1, bytes == range[2]);
                 }
                 assert_eq!(bytes, range[2]);
                 tile_units += range[2] / UNIT_BYTES as u32;

@@ -4,7 +4,7 @@ use cudarc::driver::sys::CUdeviceptr;
 use oxllama_backend::WorkspaceShape;
 
 use super::layout::{BLOCK_INPUTS, TILE_OUTPUTS};
-use super::plan::{RING_BYTES, most_partials};
+use super::plan::{most_partials, partial_bytes};
 use crate::prepare::MOST_PREPARED;
 use crate::step::aligned;
 
@@ -35,13 +35,13 @@ struct Parts {
 }
 
 impl Parts {
-    fn of(shape: &WorkspaceShape, multiprocessors: usize, has_library: bool) -> Self {
+    fn of(shape: &WorkspaceShape, has_library: bool) -> Self {
         let inputs = shape.max_in_features.next_multiple_of(BLOCK_INPUTS);
         let outputs = shape.max_out_features.next_multiple_of(TILE_OUTPUTS);
         // Several orders of inputs at a time up to FEW_ROWS, one above.
         let rows = shape.rows.max(MOST_PREPARED * shape.rows.min(FEW_ROWS));
         let activation_bytes = aligned(rows * inputs * HALF) + MOST_PREPARED * aligned(1);
-        let partials = most_partials(shape.rows, multiprocessors);
+        let partials = most_partials(shape.max_out_features);
         let uses_library = has_library && shape.rows > FEW_ROWS;
         let tile_bytes = TILE_OUTPUTS * inputs * HALF;
         let unpacked_bytes = match uses_library {
@@ -57,7 +57,7 @@ impl Parts {
         Self {
             activations: part(activation_bytes),
             activation_bytes,
-            partials: part(partials * RING_BYTES),
+            partials: part(partials * partial_bytes(shape.rows)),
             counters: part(partials * size_of::<u32>()),
             unpacked: part(unpacked_bytes),
             unpacked_bytes,
@@ -74,29 +74,23 @@ pub(crate) struct LinearScratch {
     parts: Parts,
     /// Rows that there is room for.
     pub(crate) rows: usize,
+    /// Tiles' sums of parts of K that there is room for, and counters.
+    pub(crate) partials: usize,
 }
 
 impl LinearScratch {
     /// Bytes that products of steps up to `shape` need.
-    pub(crate) fn bytes(
-        shape: &WorkspaceShape,
-        multiprocessors: usize,
-        has_library: bool,
-    ) -> usize {
-        Parts::of(shape, multiprocessors, has_library).end
+    pub(crate) fn bytes(shape: &WorkspaceShape, has_library: bool) -> usize {
+        Parts::of(shape, has_library).end
     }
 
     /// The same bytes, from `address` on.
-    pub(crate) fn new(
-        shape: &WorkspaceShape,
-        multiprocessors: usize,
-        has_library: bool,
-        address: CUdeviceptr,
-    ) -> Self {
+    pub(crate) fn new(shape: &WorkspaceShape, has_library: bool, address: CUdeviceptr) -> Self {
         Self {
             address,
-            parts: Parts::of(shape, multiprocessors, has_library),
+            parts: Parts::of(shape, has_library),
             rows: shape.rows,
+            partials: most_partials(shape.max_out_features),
         }
     }
 
@@ -118,12 +112,12 @@ impl LinearScratch {
             .then(|| self.at(self.parts.activations + start))
     }
 
-    /// f32 `[most_partials, 32, 32]`
-    pub(crate) fn partials(&self) -> CUdeviceptr {
+    /// f32 `[partials, 32 rows or fewer, 32]`
+    pub(crate) fn partial_sums(&self) -> CUdeviceptr {
         self.at(self.parts.partials)
     }
 
-    /// u32 `[most_partials]`
+    /// u32 `[partials]`
     pub(crate) fn counters(&self) -> CUdeviceptr {
         self.at(self.parts.counters)
     }
@@ -171,7 +165,7 @@ mod tests {
             (2048, 11008),
         ] {
             let shape = shape(rows, inputs, 64);
-            let scratch = LinearScratch::new(&shape, 132, true, 0);
+            let scratch = LinearScratch::new(&shape, true, 0);
             let padded = inputs.next_multiple_of(32);
             for rows in [1, 2, 8, 33, FEW_ROWS, rows] {
                 if rows <= shape.rows {
@@ -184,23 +178,23 @@ mod tests {
                 }
             }
             assert_eq!(scratch.activations(0, rows + 600, padded), None);
-            assert_eq!(LinearScratch::bytes(&shape, 132, true), scratch.parts.end);
+            assert_eq!(LinearScratch::bytes(&shape, true), scratch.parts.end);
         }
     }
 
     #[test]
     fn unpacked_weights_are_at_least_a_tile_and_at_most_the_widest_matrix() {
         let tiles = |inputs, outputs| {
-            let scratch = LinearScratch::new(&shape(FEW_ROWS + 1, inputs, outputs), 132, true, 0);
+            let scratch = LinearScratch::new(&shape(FEW_ROWS + 1, inputs, outputs), true, 0);
             let padded = inputs.next_multiple_of(32);
             (scratch.unpacked(padded).1, scratch.parts.unpacked_bytes)
         };
         assert_eq!(tiles(4096, 128_256), (256, MOST_UNPACKED_BYTES));
         assert_eq!(tiles(64, 96), (3, 96 * 64 * 2));
         assert_eq!(tiles(1 << 21, 64).0, 1);
-        let few = LinearScratch::new(&shape(FEW_ROWS, 4096, 4096), 132, true, 0);
+        let few = LinearScratch::new(&shape(FEW_ROWS, 4096, 4096), true, 0);
         assert_eq!(few.parts.unpacked_bytes, 0);
-        let without = LinearScratch::new(&shape(2048, 4096, 4096), 132, false, 0);
+        let without = LinearScratch::new(&shape(2048, 4096, 4096), false, 0);
         assert_eq!(without.parts.unpacked_bytes, 0);
     }
 }
