@@ -123,6 +123,8 @@ struct Prepared {
 /// What waits for the engine's thread.
 pub(crate) struct Inbox {
     pub(crate) commands: Vec<Command>,
+    /// How many want `commands` to be left where they are.
+    pub(crate) holds: usize,
     pub(crate) phase: Phase,
     /// Jobs that were submitted and have not started.
     pub(crate) unstarted: usize,
@@ -224,6 +226,7 @@ impl Engine {
         let shared = Arc::new(Shared {
             inbox: Mutex::new(Inbox {
                 commands: Vec::new(),
+                holds: 0,
                 phase: Phase::Open,
                 unstarted: 0,
                 unfinished: 0,
@@ -255,6 +258,10 @@ impl Engine {
     /// The model's tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.shared.tokenizer
+    }
+
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
     }
 
     /// Queues a job.

@@ -21,6 +21,7 @@ mod engine;
 mod error;
 mod evaluate;
 mod flight;
+mod hold;
 mod job;
 mod mask;
 mod names;
@@ -38,6 +39,7 @@ pub use costs::{LatencyGoal, StepCosts};
 pub use engine::{Engine, EngineParts, EngineSettings, EngineStats};
 pub use error::EngineError;
 pub use evaluate::{Comparison, Evaluation, evaluate};
+pub use hold::Hold;
 pub use job::{
     Completion, Event, FinishReason, Guidance, Job, RankedToken, Speculation, Timings,
     TokenLogprob, Usage,

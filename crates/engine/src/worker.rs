@@ -95,16 +95,13 @@ impl Worker {
     fn take_commands(&mut self) -> bool {
         let shared = Arc::clone(&self.shared);
         let mut inbox = shared.lock();
-        while inbox.commands.is_empty()
-            && self.flight.jobs.is_empty()
-            && inbox.phase != Phase::Closed
-        {
+        while !inbox.is_due() && self.flight.jobs.is_empty() && inbox.phase != Phase::Closed {
             inbox = shared.wait(inbox);
         }
         if inbox.phase == Phase::Closed {
             return false;
         }
-        let commands = std::mem::take(&mut inbox.commands);
+        let commands = inbox.take_due();
         drop(inbox);
         for command in commands {
             self.obey(command);

@@ -112,26 +112,33 @@ refused() {
   echo "refused: $(grep -m 1 -- "$expected" <<<"$output")"
 }
 
-# tokens MODEL BATCH FILE: what the GPU makes of the jobs, BATCH at a time: one line a job, its
-# name and tokens.
+# tokens MODEL FILE OPTION...: what the GPU makes of the jobs: one line a job, its name and tokens.
 tokens() {
-  local answers=$results/answers.jsonl
+  local model=$1 file=$2 answers=$results/answers.jsonl
+  shift 2
   rm -f "$answers"
-  "${limited[@]}" "$oxllama" generate "$1" --device cuda --raw --temperature 0 --max-tokens 48 \
-    --batch "$2" --input "$fixtures/jobs.jsonl" --output "$answers" || return 1
-  sed -nE 's/^\{"custom_id":("[^"]*").*"token_ids":(\[[0-9,]*\]).*/\1 \2/p' "$answers" | sort >"$3"
-  [ "$(wc -l <"$3")" -eq "$(wc -l <"$fixtures/jobs.jsonl")" ] ||
+  "${limited[@]}" "$oxllama" generate "$model" --device cuda --raw --temperature 0 \
+    --max-tokens 48 --input "$fixtures/jobs.jsonl" --output "$answers" "$@" || return 1
+  sed -nE 's/^\{"custom_id":("[^"]*").*"token_ids":(\[[0-9,]*\]).*/\1 \2/p' "$answers" |
+    sort >"$file"
+  [ "$(wc -l <"$file")" -eq "$(wc -l <"$fixtures/jobs.jsonl")" ] ||
     { echo "some job has no answer"; return 1; }
 }
 
-# A job's tokens depend on the job alone: not on its neighbours, not on the run.
+# In steps of few rows a job's tokens depend on the job alone, not on its neighbours. Steps of many
+# rows are multiplied otherwise, but the same file of jobs makes the same steps in every run.
 generator() {
-  tokens "$1" 1 "$results/alone.txt" || return 1
-  tokens "$1" 8 "$results/together.txt" || return 1
-  tokens "$1" 8 "$results/again.txt" || return 1
-  diff "$results/alone.txt" "$results/together.txt" || { echo "neighbours change tokens"; return 1; }
-  diff "$results/together.txt" "$results/again.txt" || { echo "runs differ"; return 1; }
-  echo "$(wc -l <"$results/alone.txt") jobs, the same alone, together and again"
+  local alone=$results/alone.txt together=$results/together.txt
+  local packed=$results/packed.txt again=$results/again.txt
+  tokens "$1" "$alone" --batch 1 --chunk 64 || return 1
+  tokens "$1" "$together" --batch 8 --chunk 64 || return 1
+  tokens "$1" "$packed" --batch 8 || return 1
+  tokens "$1" "$again" --batch 8 || return 1
+  diff "$alone" "$together" || { echo "neighbours change tokens"; return 1; }
+  diff "$packed" "$again" || { echo "runs differ"; return 1; }
+  local other
+  other=$(diff "$alone" "$packed" | grep -c '^>')
+  echo "$(wc -l <"$alone") jobs, the same alone, together and again; $other other in large steps"
 }
 
 # Without a visible GPU, the list says so and models run on the CPU.

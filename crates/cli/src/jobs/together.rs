@@ -67,6 +67,8 @@ impl Together<'_> {
         let mut in_flight = 0;
         let mut is_stopped = false;
         loop {
+            // However long the requests take to be read: the same ones share their steps each time.
+            let held = self.engine.hold();
             while in_flight < self.in_flight && !is_stopped {
                 let Some((place, request)) = requests.next() else {
                     break;
@@ -89,6 +91,7 @@ impl Together<'_> {
                     })?,
                 }
             }
+            drop(held);
             if in_flight == 0 {
                 return Ok(());
             }

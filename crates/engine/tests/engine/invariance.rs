@@ -1,10 +1,11 @@
 //! A job's tokens depend on the job alone.
 
-use oxllama_engine::{Completion, EngineSettings, Job};
+use oxllama_engine::{Completion, EngineSettings, Event, FinishReason, Job};
 use oxllama_memory::CacheFormat;
 
 use crate::common::{
-    Shape, engine, engine_with, load, prompt, run, run_all, run_alone, sampled, settings,
+    PROMPT, Shape, engine, engine_with, greedy, load, prompt, run, run_all, run_alone, sampled,
+    settings,
 };
 
 const WIDE: Shape = Shape {
@@ -131,6 +132,38 @@ fn choices_share_their_prompt_and_the_first_is_the_answer_of_one() {
         run_alone(WIDE, sampled(&ids, 20, 5)).token_ids
     );
     assert_ne!(choices[0].token_ids, choices[1].token_ids);
+}
+
+#[test]
+fn jobs_that_are_held_back_share_their_steps_however_slowly_they_come() {
+    let engine = engine(WIDE);
+    let held = engine.hold();
+    let streams: Vec<_> = (0..4)
+        .map(|index| {
+            // Time for a step or two.
+            std::thread::sleep(std::time::Duration::from_millis(5));
+            engine.submit(greedy(&prompt(index, index, 0, 8), 3))
+        })
+        .collect();
+    drop(held);
+    for stream in streams {
+        assert_eq!(stream.unwrap().wait().token_ids.len(), 3);
+    }
+    assert_eq!(engine.stats().unwrap().steps, 3, "one of prompts, two more");
+}
+
+#[test]
+fn an_engine_can_end_while_jobs_are_held_back() {
+    let engine = engine(Shape::default());
+    let mut running = engine.submit(greedy(&PROMPT, 40)).unwrap();
+    assert!(matches!(running.next(), Some(Event::Started { .. })));
+    let held = engine.hold();
+    let waiting = engine.submit(greedy(&PROMPT, 3)).unwrap();
+    // What runs goes on.
+    assert_eq!(running.wait().token_ids.len(), 40);
+    engine.shutdown();
+    assert_eq!(waiting.wait().finish_reason, FinishReason::Cancelled);
+    drop(held);
 }
 
 #[test]
