@@ -24,6 +24,7 @@ mod generator;
 mod loading;
 mod models;
 mod real;
+mod repeats;
 mod table;
 
 use std::path::{Path, PathBuf};
@@ -125,6 +126,7 @@ fn test(options: Options) -> Result<usize> {
     ));
     conformance::run(&mut checks)?;
     models::run(&mut checks, &options.fixtures)?;
+    repeats::run(&mut checks, &options.fixtures)?;
     draws::run(&mut checks, &options.fixtures)?;
     real::run(&mut checks, &options.real)?;
     generator::run(&mut checks, &options.fixtures)?;
