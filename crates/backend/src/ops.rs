@@ -113,6 +113,25 @@ pub trait StepOps: DeviceMemory {
         reservation: Reservation,
     ) -> Result<Self::Workspace, DeviceError>;
 
+    /// Bytes of the recordings that [`Self::sequence`] is to keep, of steps up to `shape` through
+    /// `layers` layers: none on a device that records nothing.
+    fn recording_bytes(&self, _shape: &WorkspaceShape, _layers: usize) -> Bytes {
+        Bytes::ZERO
+    }
+
+    /// Lets [`Self::sequence`] keep recordings on `workspace`, as many as `room` holds. It records
+    /// nothing before.
+    ///
+    /// # Errors
+    /// The room is on another device.
+    fn record_within(
+        &self,
+        _room: Reservation,
+        _workspace: &mut Self::Workspace,
+    ) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// Takes over the inputs of a step: token ids, positions, page tables, and the cosines
     /// and sines of every row for each of `ropes` (attention names them by index).
     ///

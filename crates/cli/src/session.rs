@@ -101,8 +101,8 @@ impl Devices {
     }
 }
 
-/// Memory of a GPU that plans leave alone: what the driver takes for libraries, recorded steps
-/// and its own queues after a device has been opened.
+/// Memory of a GPU that plans leave alone: what the driver takes for libraries and its own queues
+/// after a device has been opened, and what it leaves unused of the pieces that it takes.
 const DRIVER_RESERVE: Bytes = Bytes::from_mib(256);
 
 /// Every GPU of those that were found that kernels are written for.

@@ -277,6 +277,9 @@ impl Bench {
         };
         let reservation = self.reserve(self.device.workspace_bytes(&shape))?;
         let mut workspace = self.device.create_workspace(&shape, reservation)?;
+        let recordings = self.device.recording_bytes(&shape, LAUNCHES / 10);
+        let recordings = self.reserve(recordings)?;
+        self.device.record_within(recordings, &mut workspace)?;
         let x = self.floats(rows * product.in_features)?;
         let mut normed = self.floats(rows * product.in_features)?;
         let mut outs = Vec::new();

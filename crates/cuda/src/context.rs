@@ -8,6 +8,7 @@ use oxllama_backend::{DeviceError, MemoryState};
 use oxllama_memory::{Bytes, DeviceId};
 
 use crate::error::{CudaUnavailable, is_sticky, not_started, words};
+use crate::graph::RecordedCounts;
 use crate::library;
 use crate::monitor;
 
@@ -66,9 +67,7 @@ pub fn gpus() -> Result<Vec<GpuInfo>, CudaUnavailable> {
     if !library::has_driver() {
         return Err(CudaUnavailable::NoDriver);
     }
-    let mut version = 0;
-    // SAFETY: the library is there; the function only writes the version.
-    done(unsafe { sys::cuDriverGetVersion(&raw mut version) }).map_err(not_started)?;
+    let version = driver_version().map_err(not_started)?;
     let found = (version / 1000, version % 1000 / 10);
     if found < NEEDED_DRIVER {
         return Err(CudaUnavailable::OldDriver {
@@ -99,6 +98,14 @@ pub fn gpus() -> Result<Vec<GpuInfo>, CudaUnavailable> {
         gpu.id = DeviceId::cuda(index as u32);
     }
     Ok(gpus)
+}
+
+/// The newest CUDA that the driver knows, as 12040 for 12.4. Its library is there.
+fn driver_version() -> Result<i32, CUresult> {
+    let mut version = 0;
+    // SAFETY: the function only writes the version.
+    done(unsafe { sys::cuDriverGetVersion(&raw mut version) })?;
+    Ok(version)
 }
 
 /// What the driver says of its device `ordinal`, below the count that it gave.
@@ -171,11 +178,15 @@ struct Loss {
 #[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) info: GpuInfo,
+    /// The newest CUDA that the driver knows, as 12040 for 12.4.
+    pub(crate) driver_version: i32,
     device: CUdevice,
     handle: CUcontext,
     /// The first error that the driver does not recover from. From then on the driver is not
     /// asked for anything any more.
     loss: OnceLock<Loss>,
+    /// What is recorded in it.
+    pub(crate) recorded: RecordedCounts,
 }
 
 // SAFETY: the driver's functions may be called from any thread; a context is made current in the
@@ -197,15 +208,18 @@ impl Context {
             }
         };
         let device = device(info.ordinal).map_err(failed("finding the device"))?;
+        let driver_version = driver_version().map_err(failed("asking for the driver's version"))?;
         let mut handle = std::ptr::null_mut();
         // SAFETY: `device` came from the driver; the function only writes the handle.
         done(unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut handle, device) })
             .map_err(failed("creating a context"))?;
         Ok(Self {
             info,
+            driver_version,
             device,
             handle,
             loss: OnceLock::new(),
+            recorded: RecordedCounts::default(),
         })
     }
 

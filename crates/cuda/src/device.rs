@@ -13,6 +13,7 @@ use crate::context::{Context, GpuInfo};
 use crate::draw::DrawKernels;
 use crate::elementwise::ElementwiseKernels;
 use crate::error::CudaUnavailable;
+use crate::graph::{self, RecordedSteps};
 use crate::linear::{BlasLt, LinearKernels, LoaderPool};
 use crate::module::{Kernel, Modules};
 use crate::prepare::PrepareKernels;
@@ -149,6 +150,16 @@ impl CudaDevice {
     /// tools that look at kernels one by one. Returns whether they were before.
     pub fn record_steps(&self, is_on: bool) -> bool {
         self.shared.records_steps.swap(is_on, Ordering::Relaxed)
+    }
+
+    /// What of all models' steps is recorded at the moment.
+    pub fn recorded_steps(&self) -> RecordedSteps {
+        self.context().recorded.read()
+    }
+
+    /// Bytes of the device's memory that a recorded launch is taken to need.
+    pub fn node_bytes(&self) -> usize {
+        graph::node_bytes(self.context().driver_version)
     }
 
     pub(crate) fn records_steps(&self) -> bool {

@@ -35,6 +35,7 @@ pub use buffer::CudaBuffer;
 pub use context::{GpuInfo, gpus};
 pub use device::CudaDevice;
 pub use error::CudaUnavailable;
+pub use graph::RecordedSteps;
 pub use kernel_cache::KernelCache;
 pub use library::{LIBRARIES_VARIABLE, LibraryNotFound};
 pub use linear::CudaLinear;

@@ -8,7 +8,7 @@ use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUmodule, CUre
 use oxllama_kernels::UNITS;
 
 use crate::context::Context;
-use crate::error::{CudaUnavailable, words};
+use crate::error::CudaUnavailable;
 use crate::origin::{Origin, no_code};
 
 /// Every unit, loaded on one GPU.
@@ -48,14 +48,12 @@ impl Modules {
         if missing.is_empty() {
             return Ok(modules);
         }
-        let mut version = 0;
-        // SAFETY: the driver is loaded; the function only writes the version.
-        let code = unsafe { sys::cuDriverGetVersion(&raw mut version) };
-        if code != CUresult::CUDA_SUCCESS {
-            return Err(modules.failed(words(code)));
-        }
         let codes = origin
-            .compile(&missing, context.info.capability, version / 1000)
+            .compile(
+                &missing,
+                context.info.capability,
+                context.driver_version / 1000,
+            )
             .map_err(|error| {
                 modules.failed(match origin {
                     Origin::Images => no_code(&error),

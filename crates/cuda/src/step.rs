@@ -10,7 +10,7 @@ use crate::attention::{AttentionScratch, Tile, scratch_bytes};
 use crate::buffer::CudaBuffer;
 use crate::device::CudaDevice;
 use crate::draw::{self, DrawScratch};
-use crate::graph::{Found, Recorder, Recordings};
+use crate::graph::{self, Found, Recorded, Recorder, Recordings};
 use crate::launch::Launch;
 use crate::linear::LinearScratch;
 use crate::stream::{Event, PinnedBuffer};
@@ -255,8 +255,27 @@ impl StepOps for CudaDevice {
             attention,
             draws,
             linear,
-            recordings: Recordings::default(),
+            recordings: Recordings::new(self.node_bytes()),
         })
+    }
+
+    fn recording_bytes(&self, shape: &WorkspaceShape, layers: usize) -> Bytes {
+        graph::planned_bytes(shape, layers, self.node_bytes())
+    }
+
+    fn record_within(
+        &self,
+        room: Reservation,
+        workspace: &mut CudaWorkspace,
+    ) -> Result<(), DeviceError> {
+        if room.device() != self.context().id() {
+            return Err(DeviceError::WrongDevice {
+                device: self.context().id().clone(),
+                reserved_on: room.device().clone(),
+            });
+        }
+        workspace.recordings.set_room(room);
+        Ok(())
     }
 
     fn begin_step(
@@ -343,23 +362,18 @@ impl StepOps for CudaDevice {
             Found::RunOnce => {
                 let recorder = Recorder::start(self.context(), self.stream())?;
                 let enqueued = enqueue(workspace);
-                let recording = recorder.finish();
+                let recorded = recorder.finish();
                 enqueued?;
-                let started = recording.and_then(|recording| {
-                    recording.replay(self.stream())?;
-                    Ok(recording)
-                });
-                match started {
-                    Ok(recording) => workspace.recordings.keep(key, Some(recording)),
+                match recorded.and_then(|recorded| self.keep_recorded(key, recorded, workspace)) {
+                    Ok(true) => Ok(()),
                     // There is no room for the recording: the step can do without, now and
                     // from here on.
-                    Err(DeviceError::OutOfMemory { .. }) => {
-                        workspace.recordings.keep(key, None);
-                        enqueue(workspace)?;
+                    Ok(false) | Err(DeviceError::OutOfMemory { .. }) => {
+                        workspace.recordings.give_up(key);
+                        enqueue(workspace)
                     }
-                    Err(error) => return Err(error.into()),
+                    Err(error) => Err(error.into()),
                 }
-                Ok(())
             }
             Found::NoRoom => enqueue(workspace),
         }
@@ -367,6 +381,24 @@ impl StepOps for CudaDevice {
 }
 
 impl CudaDevice {
+    /// Replays what was recorded for `key` and keeps it. False, and nothing has run, where there
+    /// is no room for it.
+    fn keep_recorded(
+        &self,
+        key: SequenceKey,
+        recorded: Recorded,
+        workspace: &mut CudaWorkspace,
+    ) -> Result<bool, DeviceError> {
+        let launches = recorded.launches()?;
+        let has_room = workspace.recordings.make_room(launches);
+        if has_room {
+            let recording = recorded.prepare(launches)?;
+            recording.replay(self.stream())?;
+            workspace.recordings.keep(key, recording, launches);
+        }
+        Ok(has_room)
+    }
+
     /// Puts the frequencies of `ropes` on the device where they are not there yet: on a
     /// model's first step.
     fn know_ropes(&self, ropes: &[Rope], inputs: &mut StepInputs) -> Result<(), DeviceError> {

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 
 use crate::state::{
-    CAPTURE_UNSUPPORTED, Call, Code, INVALID_VALUE, Kind, OUT_OF_MEMORY, State, call, give,
+    CAPTURE_UNSUPPORTED, Call, Code, INVALID_VALUE, Kind, OUT_OF_MEMORY, Object, State, call, give,
 };
 
 /// What the driver aligns allocations to.
@@ -76,8 +76,11 @@ impl State {
 
     /// Fails while a stream of the machine records: then calls that may wait are forbidden.
     fn check_not_recording(&mut self, what: &str) -> Result<(), Code> {
-        let recording = Kind::Stream { is_recording: true };
-        if self.objects.values().any(|object| object.kind == recording) {
+        let is_recording = |object: &Object| {
+            let kind = object.kind;
+            matches!(kind, Kind::Stream { recording: Some(_) })
+        };
+        if self.objects.values().any(is_recording) {
             return Err(self.refuse(CAPTURE_UNSUPPORTED, format!("{what} while recording")));
         }
         Ok(())

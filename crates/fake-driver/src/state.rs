@@ -38,7 +38,8 @@ pub(crate) struct Context {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Stream {
-        is_recording: bool,
+        /// Launches of the recording under way.
+        recording: Option<usize>,
     },
     Event,
     Module,
@@ -46,8 +47,12 @@ pub(crate) enum Kind {
         module: usize,
         most_shared_bytes: u32,
     },
-    Graph,
-    Executable,
+    Graph {
+        launches: usize,
+    },
+    Executable {
+        launches: usize,
+    },
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -213,8 +218,12 @@ impl State {
             ("streams", count(|kind| matches!(kind, Kind::Stream { .. }))),
             ("events", count(|kind| *kind == Kind::Event)),
             ("modules", count(|kind| *kind == Kind::Module)),
-            ("graphs", count(|kind| *kind == Kind::Graph)),
-            ("executables", count(|kind| *kind == Kind::Executable)),
+            ("graphs", count(|kind| matches!(kind, Kind::Graph { .. }))),
+            (
+                "executables",
+                count(|kind| matches!(kind, Kind::Executable { .. })),
+            ),
+            ("executable_launches", self.executable_launches()),
             ("contexts", retained),
             ("leaked", self.leaked),
             ("has_fired", usize::from(self.has_fired)),
@@ -229,6 +238,16 @@ impl State {
             let _ = writeln!(text, "misuse {misuse}");
         }
         text
+    }
+
+    /// Launches of everything that can be replayed.
+    fn executable_launches(&self) -> usize {
+        let objects = self.objects.values();
+        let launches = objects.map(|object| match object.kind {
+            Kind::Executable { launches } => launches,
+            _ => 0,
+        });
+        launches.sum()
     }
 
     pub(crate) fn new_handle(&mut self) -> usize {

@@ -23,11 +23,11 @@ fn is_function(kind: &Kind) -> bool {
 }
 
 fn is_graph(kind: &Kind) -> bool {
-    *kind == Kind::Graph
+    matches!(kind, Kind::Graph { .. })
 }
 
 fn is_executable(kind: &Kind) -> bool {
-    *kind == Kind::Executable
+    matches!(kind, Kind::Executable { .. })
 }
 
 impl State {
@@ -38,7 +38,7 @@ impl State {
 
     fn check_idle(&mut self, stream: usize) -> Result<(), Code> {
         let kind = self.object(stream, is_stream)?.kind;
-        if kind == (Kind::Stream { is_recording: true }) {
+        if matches!(kind, Kind::Stream { recording: Some(_) }) {
             return Err(self.refuse(CAPTURE_UNSUPPORTED, "waiting while recording".to_owned()));
         }
         Ok(())
@@ -55,10 +55,7 @@ impl State {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuStreamCreate(stream: *mut usize, _flags: u32) -> Code {
     call("cuStreamCreate", Call::Plain, |state| {
-        let kind = Kind::Stream {
-            is_recording: false,
-        };
-        state.create(kind, stream)
+        state.create(Kind::Stream { recording: None }, stream)
     })
 }
 
@@ -134,7 +131,7 @@ unsafe extern "C" fn cuEventQuery(event: usize) -> Code {
 unsafe extern "C" fn cuStreamBeginCapture_v2(stream: usize, _mode: u32) -> Code {
     call("cuStreamBeginCapture_v2", Call::Plain, |state| {
         state.check_idle(stream)?;
-        state.object(stream, is_stream)?.kind = Kind::Stream { is_recording: true };
+        state.object(stream, is_stream)?.kind = Kind::Stream { recording: Some(0) };
         Ok(())
     })
 }
@@ -143,14 +140,15 @@ unsafe extern "C" fn cuStreamBeginCapture_v2(stream: usize, _mode: u32) -> Code 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuStreamEndCapture(stream: usize, graph: *mut usize) -> Code {
     let code = call("cuStreamEndCapture", Call::Destroys, |state| {
-        let kind = state.object(stream, is_stream)?.kind;
-        if kind != (Kind::Stream { is_recording: true }) {
+        let object = state.object(stream, is_stream)?;
+        let Kind::Stream {
+            recording: Some(launches),
+        } = object.kind
+        else {
             return Err(state.refuse(INVALID_VALUE, "ending no recording".to_owned()));
-        }
-        state.object(stream, is_stream)?.kind = Kind::Stream {
-            is_recording: false,
         };
-        state.create(Kind::Graph, graph)
+        object.kind = Kind::Stream { recording: None };
+        state.create(Kind::Graph { launches }, graph)
     });
     if code != 0 && !graph.is_null() {
         // SAFETY: the caller's pointer.
@@ -167,8 +165,27 @@ unsafe extern "C" fn cuGraphInstantiateWithFlags(
     _flags: u64,
 ) -> Code {
     call("cuGraphInstantiateWithFlags", Call::Plain, |state| {
-        state.object(graph, is_graph)?;
-        state.create(Kind::Executable, executable)
+        let kind = state.object(graph, is_graph)?.kind;
+        let Kind::Graph { launches } = kind else {
+            return Err(INVALID_HANDLE);
+        };
+        state.create(Kind::Executable { launches }, executable)
+    })
+}
+
+/// Without room for the nodes themselves, writes how many there are.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuGraphGetNodes(graph: usize, nodes: *mut usize, count: *mut usize) -> Code {
+    call("cuGraphGetNodes", Call::Plain, |state| {
+        let kind = state.object(graph, is_graph)?.kind;
+        let Kind::Graph { launches } = kind else {
+            return Err(INVALID_HANDLE);
+        };
+        if !nodes.is_null() {
+            return Err(state.refuse(INVALID_VALUE, "asking for nodes".to_owned()));
+        }
+        // SAFETY: the caller's pointer.
+        unsafe { give(count, launches) }
     })
 }
 
@@ -294,6 +311,12 @@ unsafe extern "C" fn cuLaunchKernelEx(
             return Err(state.refuse(INVALID_VALUE, what));
         }
         state.launches += 1;
+        if let Kind::Stream {
+            recording: Some(launches),
+        } = &mut state.object(config.stream, is_stream)?.kind
+        {
+            *launches += 1;
+        }
         Ok(())
     })
 }

@@ -225,10 +225,15 @@ pub struct StepLimits {
 /// embedding or the head, or when a limit grows. Where it did, a plan could be missed;
 /// a plan made is checked by exact sums all the same.
 ///
-/// Functions of the same shape implement it.
+/// Functions of the same shape implement it, for devices that record nothing.
 pub trait WorkspaceModel {
     /// Bytes of intermediate results, logits included, on a device of this role.
     fn workspace(&self, role: &DeviceRole, limits: &StepLimits) -> Bytes;
+
+    /// Bytes of the steps that a device of this role records.
+    fn recordings(&self, _role: &DeviceRole, _limits: &StepLimits) -> Bytes {
+        Bytes::ZERO
+    }
 }
 
 impl<F: Fn(&DeviceRole, &StepLimits) -> Bytes> WorkspaceModel for F {

@@ -19,8 +19,8 @@ pub enum Purpose {
     KvCache,
     /// Intermediate results of one step.
     Workspace,
-    /// Captured graphs of launches.
-    Graph,
+    /// Steps that a device has recorded, to replay them.
+    Recordings,
     /// Adapters on top of the weights.
     Lora,
     /// Statistics gathered while quantising.
@@ -33,7 +33,7 @@ impl fmt::Display for Purpose {
             Self::Weights => "weights",
             Self::KvCache => "kv cache",
             Self::Workspace => "workspace",
-            Self::Graph => "graph",
+            Self::Recordings => "recordings",
             Self::Lora => "lora",
             Self::Calibration => "calibration",
         })

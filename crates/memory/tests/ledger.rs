@@ -108,7 +108,7 @@ fn an_unknown_device_holds_nothing() {
     let ledger = two_devices();
     let device = DeviceId::cuda(7);
     let shortfall = ledger
-        .reserve(&device, "m", Purpose::Graph, Bytes::ZERO)
+        .reserve(&device, "m", Purpose::Recordings, Bytes::ZERO)
         .unwrap_err();
     assert_eq!(shortfall.capacity, None);
     assert_eq!(
@@ -163,7 +163,7 @@ fn splitting_and_merging_move_bytes_without_changing_the_books() {
     assert_eq!(ledger.usage(&device).unwrap().used, Bytes(100));
 
     let other_purpose = ledger
-        .reserve(&device, "m", Purpose::Graph, Bytes(1))
+        .reserve(&device, "m", Purpose::Recordings, Bytes(1))
         .unwrap();
     let other_owner = ledger
         .reserve(&device, "n", Purpose::Workspace, Bytes(1))

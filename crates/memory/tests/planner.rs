@@ -5,7 +5,8 @@ mod common;
 use common::{gib, inventory, llama_70b, llama_70b_workspace, request};
 use oxllama_memory::{
     Bytes, DeviceId, DeviceInfo, DeviceRole, GpuSplit, Inventory, LayerFootprint, Ledger,
-    ModelFootprint, Plan, PlanError, PlanRequest, Policy, Purpose, StepLimits, plan,
+    ModelFootprint, Plan, PlanError, PlanRequest, Policy, Purpose, StepLimits, WorkspaceModel,
+    plan,
 };
 
 #[test]
@@ -510,6 +511,54 @@ longest context that fits: 79872 tokens";
         !text.contains("\nall ") && !text.contains("not used"),
         "{text}"
     );
+}
+
+/// Steps that are recorded: 1 MiB for each layer.
+struct Recorded;
+
+impl WorkspaceModel for Recorded {
+    fn workspace(&self, role: &DeviceRole, limits: &StepLimits) -> Bytes {
+        llama_70b_workspace(role, limits)
+    }
+
+    fn recordings(&self, role: &DeviceRole, _: &StepLimits) -> Bytes {
+        Bytes::from_mib(role.layers.len() as u64)
+    }
+}
+
+#[test]
+fn recorded_steps_are_planned_reserved_and_shown() {
+    let footprint = llama_70b(400);
+    let asked = PlanRequest {
+        context_tokens: Some(8192),
+        ..request(&footprint, &Recorded)
+    };
+    let inventory = gib(&[24, 24]);
+    let found = plan(&inventory, &asked).unwrap();
+    // The 44 MiB that the first device has left without them are too few for those of 51 layers.
+    assert_eq!(found.devices[0].layers, 0..50);
+    assert_eq!(found.totals.recordings, Bytes::from_mib(80));
+    for device in &found.devices {
+        let recordings = Bytes::from_mib(device.layers.len() as u64);
+        assert_eq!(device.recordings, recordings);
+        let parts = [
+            device.weights,
+            device.kv_cache,
+            device.workspace,
+            recordings,
+        ];
+        assert_eq!(Bytes::checked_sum(parts), Some(device.total));
+    }
+    let ledger = Ledger::new(&inventory);
+    let reserved = found.reserve(&ledger).unwrap();
+    assert_eq!(reserved[0].recordings.bytes(), Bytes::from_mib(50));
+    assert_eq!(reserved[0].recordings.purpose(), Purpose::Recordings);
+    drop(reserved);
+    assert_eq!(ledger.inventory(), inventory);
+    let table = found.to_string();
+    let header = "workspace  recordings      total";
+    assert!(table.contains(header), "{table}");
+    assert!(table.contains("88.00 MiB   50.00 MiB"), "{table}");
 }
 
 /// Not a timed test: counts how often the workspace model, the only part of unknown

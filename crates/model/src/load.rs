@@ -228,7 +228,8 @@ impl Loader<'_> {
             })?;
             let scratch = device.workspace_bytes(&shape.workspace);
             let scratch = carve(&mut room.workspace, scratch, || "scratch".to_owned())?;
-            let workspace = device.create_workspace(&shape.workspace, scratch)?;
+            let mut workspace = device.create_workspace(&shape.workspace, scratch)?;
+            device.record_within(room.recordings, &mut workspace)?;
             stages.push(Stage {
                 device,
                 embedding,

@@ -5,7 +5,7 @@ use oxllama_backend::{Device, PAGE_TOKENS};
 use oxllama_format::{GptqConfig, ModelSource};
 use oxllama_memory::{
     Bytes, CacheFormat, DeviceId, DeviceInfo, DeviceRole, HostPlan, Inventory, LayerFootprint,
-    ModelFootprint, Plan, PlanRequest, Policy, StepLimits, plan,
+    ModelFootprint, Plan, PlanRequest, Policy, StepLimits, WorkspaceModel, plan,
 };
 
 use crate::stage::{StageShape, step_rows, to_usize};
@@ -175,15 +175,19 @@ impl<'a, D: Device> Footprint<'a, D> {
 
     /// Bytes of activations, logits and the backend's scratch on a device of `role`.
     pub fn workspace(&self, logit_rows: usize, role: &DeviceRole, limits: &StepLimits) -> Bytes {
-        let shape = StageShape::new(
+        let shape = self.shape(logit_rows, role, limits);
+        let scratch = self.device.workspace_bytes(&shape.workspace);
+        shape.activation_bytes().saturating_add(scratch)
+    }
+
+    fn shape(&self, logit_rows: usize, role: &DeviceRole, limits: &StepLimits) -> StageShape {
+        StageShape::new(
             self.spec,
             self.head_width,
             logit_rows.max(to_usize(limits.batch)),
             role,
             limits,
-        );
-        let scratch = self.device.workspace_bytes(&shape.workspace);
-        shape.activation_bytes().saturating_add(scratch)
+        )
     }
 
     /// Places the model on the devices of `inventory`.
@@ -251,13 +255,15 @@ impl<'a, D: Device> Footprint<'a, D> {
         request: &ModelRequest,
     ) -> Result<ModelPlan, ModelError> {
         let asked_logit_rows = to_usize(request.logit_rows);
-        let workspace =
-            |role: &DeviceRole, limits: &StepLimits| self.workspace(asked_logit_rows, role, limits);
+        let steps = Steps {
+            footprint: self,
+            logit_rows: asked_logit_rows,
+        };
         let memory = plan(
             inventory,
             &PlanRequest {
                 footprint: model,
-                workspace: &workspace,
+                workspace: &steps,
                 context_tokens: request.context_tokens,
                 cache_tokens: request.cache_tokens,
                 batch: request.batch,
@@ -274,6 +280,24 @@ impl<'a, D: Device> Footprint<'a, D> {
         };
         plan.logit_rows = plan.logit_rows.min(step_rows(&plan.step_limits()));
         Ok(plan)
+    }
+}
+
+/// What the steps of a model take besides weights and cache.
+struct Steps<'f, 'a, D> {
+    footprint: &'f Footprint<'a, D>,
+    logit_rows: usize,
+}
+
+impl<D: Device> WorkspaceModel for Steps<'_, '_, D> {
+    fn workspace(&self, role: &DeviceRole, limits: &StepLimits) -> Bytes {
+        self.footprint.workspace(self.logit_rows, role, limits)
+    }
+
+    fn recordings(&self, role: &DeviceRole, limits: &StepLimits) -> Bytes {
+        let shape = self.footprint.shape(self.logit_rows, role, limits);
+        let device = self.footprint.device;
+        device.recording_bytes(&shape.workspace, role.layers.len())
     }
 }
 

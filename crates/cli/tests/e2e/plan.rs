@@ -32,7 +32,7 @@ fn is_consistent(plan: &Value, layers: u64) {
     let mut next_layer = 0;
     let mut total = 0;
     for device in plan["devices"].as_array().unwrap() {
-        let parts = ["weights", "kv_cache", "workspace"];
+        let parts = ["weights", "kv_cache", "workspace", "recordings"];
         let sum: u64 = parts.iter().map(|&part| number(&device[part])).sum();
         assert_eq!(number(&device["total"]), sum, "{device}");
         assert_eq!(

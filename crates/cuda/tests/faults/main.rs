@@ -4,3 +4,4 @@ mod books;
 mod every_call;
 mod lost;
 mod memory;
+mod recordings;

@@ -18,7 +18,8 @@ fn memory_that_another_process_took_since_the_plan_is_told_with_its_name() {
     let used = books.1.usage(&cuda(0)).expect("a known device").used;
     // Half of what a second model needs is left, so that its load ends in the middle.
     let free = devices[0].free_memory().expect("a healthy device");
-    let others = free.saturating_sub(Bytes(used.get() / 2));
+    let allocated = Bytes::from_usize(driver.report().count("allocated_bytes"));
+    let others = free.saturating_sub(Bytes(allocated.get() / 2));
     driver.set(&format!("others={}", others.get()));
     let allocations = driver.report().count("allocations");
     let Some(ModelError::Device(error)) = load(&source(1), &devices, &books, None).err() else {

@@ -11,6 +11,7 @@ pub(super) struct Cost {
     pub(super) weights: Bytes,
     pub(super) kv_cache: Bytes,
     pub(super) workspace: Bytes,
+    pub(super) recordings: Bytes,
     pub(super) total: Bytes,
 }
 
@@ -100,11 +101,13 @@ impl<'a> Chain<'a> {
         }
         let kv_cache = self.kv_cache(&role, limits)?;
         let workspace = self.workspace.workspace(&role, limits);
-        let total = Bytes::checked_sum([weights, kv_cache, workspace])?;
+        let recordings = self.workspace.recordings(&role, limits);
+        let total = Bytes::checked_sum([weights, kv_cache, workspace, recordings])?;
         Some(Cost {
             weights,
             kv_cache,
             workspace,
+            recordings,
             total,
         })
     }

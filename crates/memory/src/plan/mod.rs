@@ -5,6 +5,7 @@ mod chain;
 mod fill;
 mod infeasible;
 mod reasons;
+mod reserve;
 mod table;
 
 use std::ops::Range;
@@ -14,12 +15,12 @@ use serde::Serialize;
 use crate::bytes::Bytes;
 use crate::device::{DeviceId, GpuSplit, Inventory};
 use crate::footprint::{CacheFormat, ModelFootprint, StepLimits, WorkspaceModel};
-use crate::ledger::{Ledger, Purpose, Reservation, Shortfall};
 
 use chain::Chain;
 use fill::{fill, largest};
 pub use infeasible::{Alternative, Asked, DeviceShortfall, Infeasible};
 pub use reasons::{BindingConstraint, Change};
+pub use reserve::DeviceReservations;
 
 /// How layers are distributed. In every policy each device holds one run of parts, in
 /// the order of the inventory.
@@ -157,7 +158,9 @@ pub struct DevicePlan {
     pub kv_cache: Bytes,
     /// Bytes of intermediate results.
     pub workspace: Bytes,
-    /// The sum of the three.
+    /// Bytes of recorded steps.
+    pub recordings: Bytes,
+    /// The sum of the four.
     pub total: Bytes,
     /// What the plan may use of the device: what is available, or a lower limit given.
     pub limit: Bytes,
@@ -174,7 +177,9 @@ pub struct Totals {
     pub kv_cache: Bytes,
     /// Bytes of intermediate results.
     pub workspace: Bytes,
-    /// The sum of the three.
+    /// Bytes of recorded steps.
+    pub recordings: Bytes,
+    /// The sum of the four.
     pub total: Bytes,
 }
 
@@ -218,53 +223,6 @@ pub struct Plan {
     pub max_context_tokens: u64,
     /// The longest context that the model was made for.
     pub model_max_context_tokens: u64,
-}
-
-impl Plan {
-    /// Reserves everything as one transaction: either all is reserved, or nothing.
-    /// The owner is [`Plan::model`].
-    ///
-    /// # Errors
-    /// [`Shortfall`] of the first device without room, which can only be when the
-    /// ledger has changed since the inventory was taken of it.
-    pub fn reserve(&self, ledger: &Ledger) -> Result<Vec<DeviceReservations>, Shortfall> {
-        // On an error, dropping what was collected gives it back.
-        let reserve_device = |plan: &DevicePlan| {
-            let reserve =
-                |purpose, bytes| ledger.reserve(&plan.device, &self.model, purpose, bytes);
-            Ok(DeviceReservations {
-                device: plan.device.clone(),
-                weights: reserve(Purpose::Weights, plan.weights)?,
-                kv_cache: reserve(Purpose::KvCache, plan.kv_cache)?,
-                workspace: reserve(Purpose::Workspace, plan.workspace)?,
-            })
-        };
-        self.devices.iter().map(reserve_device).collect()
-    }
-
-    /// Reserves what stays on the host; `None` where nothing does.
-    ///
-    /// # Errors
-    /// [`Shortfall`]: the host has less, or the ledger no account of it.
-    pub fn reserve_host(&self, ledger: &Ledger) -> Result<Option<Reservation>, Shortfall> {
-        let reserve = |host: &HostPlan| {
-            ledger.reserve(&host.device, &self.model, Purpose::Weights, host.embedding)
-        };
-        self.host.as_ref().map(reserve).transpose()
-    }
-}
-
-/// The reservations of one device of a plan, to carve buffers from.
-#[derive(Debug)]
-pub struct DeviceReservations {
-    /// The device.
-    pub device: DeviceId,
-    /// Room for its parameters.
-    pub weights: Reservation,
-    /// Room for its cache.
-    pub kv_cache: Reservation,
-    /// Room for its intermediate results.
-    pub workspace: Reservation,
 }
 
 /// What keeps a plan from using more of a device.
@@ -573,6 +531,7 @@ fn describe(
         totals.weights = totals.weights.saturating_add(cost.weights);
         totals.kv_cache = totals.kv_cache.saturating_add(cost.kv_cache);
         totals.workspace = totals.workspace.saturating_add(cost.workspace);
+        totals.recordings = totals.recordings.saturating_add(cost.recordings);
         totals.total = totals.total.saturating_add(cost.total);
         devices.push(DevicePlan {
             device: slot.device.clone(),
@@ -582,6 +541,7 @@ fn describe(
             weights: cost.weights,
             kv_cache: cost.kv_cache,
             workspace: cost.workspace,
+            recordings: cost.recordings,
             total: cost.total,
             limit: slot.limit,
             remaining: slot.limit.saturating_sub(cost.total),

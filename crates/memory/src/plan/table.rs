@@ -60,6 +60,9 @@ fn write_columns(
     Ok(())
 }
 
+/// Where a plan's table has the recorded steps.
+const RECORDINGS_COLUMN: usize = 5;
+
 fn cells<const N: usize>(cells: [&dyn fmt::Display; N]) -> Vec<String> {
     cells.iter().map(ToString::to_string).collect()
 }
@@ -93,6 +96,7 @@ impl fmt::Display for Plan {
             &"weights",
             &"kv cache",
             &"workspace",
+            &"recordings",
             &"total",
             &"remaining",
         ])];
@@ -103,6 +107,7 @@ impl fmt::Display for Plan {
                 &device.weights,
                 &device.kv_cache,
                 &device.workspace,
+                &device.recordings,
                 &device.total,
                 &device.remaining,
             ]));
@@ -115,9 +120,16 @@ impl fmt::Display for Plan {
                 &totals.weights,
                 &totals.kv_cache,
                 &totals.workspace,
+                &totals.recordings,
                 &totals.total,
                 &"",
             ]));
+        }
+        if self.totals.recordings.is_zero() {
+            // Only GPUs record steps.
+            for row in &mut rows {
+                row.remove(RECORDINGS_COLUMN);
+            }
         }
         write_columns(formatter, &rows, 2)?;
         if let Some(host) = &self.host {

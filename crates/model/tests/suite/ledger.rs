@@ -36,6 +36,7 @@ fn planned_bytes_are_actual_bytes() {
                     (Purpose::Weights, part.weights),
                     (Purpose::KvCache, part.kv_cache),
                     (Purpose::Workspace, part.workspace),
+                    (Purpose::Recordings, part.recordings),
                 ] {
                     let actual = held(&loaded.ledger, &part.device, purpose);
                     assert_eq!(actual, planned, "{} {purpose}", path.display());
