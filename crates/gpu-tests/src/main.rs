@@ -24,6 +24,7 @@ mod generator;
 mod loading;
 mod models;
 mod real;
+mod recordings;
 mod repeats;
 mod table;
 
@@ -127,6 +128,7 @@ fn test(options: Options) -> Result<usize> {
     conformance::run(&mut checks)?;
     models::run(&mut checks, &options.fixtures)?;
     repeats::run(&mut checks, &options.fixtures)?;
+    recordings::run(&mut checks)?;
     draws::run(&mut checks, &options.fixtures)?;
     real::run(&mut checks, &options.real)?;
     generator::run(&mut checks, &options.fixtures)?;
