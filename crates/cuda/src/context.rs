@@ -310,6 +310,14 @@ impl Context {
         }
     }
 
+    /// Asks the driver to let this GPU read and write the memory of `other`'s, and returns what it
+    /// answered: that they cannot reach each other, for example, or that they do already.
+    pub(crate) fn reach(&self, other: &Self) -> Result<CUresult, DeviceError> {
+        self.bind()?;
+        // SAFETY: this context is current, and the other one's handle is valid.
+        Ok(unsafe { sys::cuCtxEnablePeerAccess(other.handle, 0) })
+    }
+
     /// Memory of the GPU that nobody has at this moment.
     pub(crate) fn free_memory(&self) -> Result<Bytes, DeviceError> {
         self.bind()?;

@@ -1,7 +1,7 @@
 //! One GPU as a device, and its memory.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys;
 use oxllama_backend::{DeviceError, DeviceMemory};
@@ -12,11 +12,12 @@ use crate::buffer::CudaBuffer;
 use crate::context::{Context, GpuInfo};
 use crate::draw::DrawKernels;
 use crate::elementwise::ElementwiseKernels;
-use crate::error::CudaUnavailable;
+use crate::error::{CudaUnavailable, is_sticky};
 use crate::graph::{self, RecordedSteps};
 use crate::linear::{BlasLt, LinearKernels, LoaderPool};
 use crate::module::{Kernel, Modules};
 use crate::prepare::PrepareKernels;
+use crate::step::StepResults;
 use crate::stream::{Event, Stream};
 
 /// Entries of the kernels, looked up once.
@@ -52,10 +53,14 @@ impl Kernels {
 struct Shared {
     // Dropped first: what uses the modules and the context goes before them.
     stream: Stream,
+    /// Brings a step's results to the host while the stream is busy with steps after it.
+    results: Stream,
     /// Everything before a copy to another device has run; what a copy from another device
     /// brings is there.
     left: Event,
     arrived: Event,
+    /// Devices whose memory this one has been let read.
+    reached: Mutex<Vec<DeviceId>>,
     loaders: LoaderPool,
     blaslt: Option<BlasLt>,
     records_steps: AtomicBool,
@@ -102,13 +107,16 @@ impl CudaDevice {
                 reason: error.to_string(),
             }
         };
+        let stream = || Stream::new(&context).map_err(failed("creating a stream"));
         let event = || Event::new(&context).map_err(failed("creating an event"));
         let modules = Modules::load(&context)?;
         Ok(Self {
             shared: Arc::new(Shared {
-                stream: Stream::new(&context).map_err(failed("creating a stream"))?,
+                stream: stream()?,
+                results: stream()?,
                 left: event()?,
                 arrived: event()?,
+                reached: Mutex::default(),
                 loaders: LoaderPool::default(),
                 blaslt: BlasLt::open(),
                 records_steps: AtomicBool::new(true),
@@ -174,6 +182,17 @@ impl CudaDevice {
         &self.shared.stream
     }
 
+    /// A stream that has passed the last step with logit rows: another one than the steps', where
+    /// steps after it are under way.
+    pub(crate) fn results_stream(&self, results: &StepResults) -> Result<&Stream, DeviceError> {
+        if !results.are_behind {
+            return Ok(self.stream());
+        }
+        let stream = &self.shared.results;
+        stream.wait(&results.finished)?;
+        Ok(stream)
+    }
+
     /// What threads that load weights use, one each.
     pub(crate) fn loaders(&self) -> &LoaderPool {
         &self.shared.loaders
@@ -207,6 +226,60 @@ impl CudaDevice {
         let code = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream().handle()) };
         self.context()
             .check(code, || format!("copying {bytes} bytes on the device"))
+    }
+
+    /// Copies the start of `source` to host bytes, after everything enqueued on `stream`, and waits.
+    pub(crate) fn download_on(
+        &self,
+        stream: &Stream,
+        source: &CudaBuffer,
+        destination: &mut [u8],
+    ) -> Result<(), DeviceError> {
+        assert!(
+            destination.len() <= source.length(),
+            "{} bytes from a buffer of {}",
+            destination.len(),
+            source.length()
+        );
+        if destination.is_empty() {
+            return Ok(());
+        }
+        self.context().bind()?;
+        // SAFETY: both ends are as long as the destination; the wait below keeps them that long.
+        let code = unsafe {
+            sys::cuMemcpyDtoHAsync_v2(
+                destination.as_mut_ptr().cast(),
+                source.address(),
+                destination.len(),
+                stream.handle(),
+            )
+        };
+        let bytes = destination.len();
+        self.context()
+            .check(code, || format!("copying {bytes} bytes from the device"))?;
+        stream.synchronize()
+    }
+
+    /// Whether the rows of a step that were copied from here have been computed, or still may be.
+    pub(crate) fn check_rows_that_left(&self) -> Result<(), DeviceError> {
+        self.shared.left.check()
+    }
+
+    /// Lets this device read `peer`'s memory by itself, the first time that it copies from there.
+    fn reach(&self, peer: &Self) -> Result<(), DeviceError> {
+        let reached = self.shared.reached.lock();
+        let mut reached = reached.unwrap_or_else(PoisonError::into_inner);
+        if !reached.contains(peer.id()) {
+            let answer = self.context().reach(peer.context())?;
+            peer.shared.left.own_failure(answer)?;
+            // Where the two cannot reach each other, the driver copies through the host's memory.
+            if is_sticky(answer) {
+                let operation = || format!("reaching the memory of {}", peer.id());
+                self.context().check(answer, operation)?;
+            }
+            reached.push(peer.id().clone());
+        }
+        Ok(())
     }
 }
 
@@ -254,29 +327,7 @@ impl DeviceMemory for CudaDevice {
     }
 
     fn download(&self, source: &CudaBuffer, destination: &mut [u8]) -> Result<(), DeviceError> {
-        assert!(
-            destination.len() <= source.length(),
-            "{} bytes from a buffer of {}",
-            destination.len(),
-            source.length()
-        );
-        if destination.is_empty() {
-            return Ok(());
-        }
-        self.context().bind()?;
-        // SAFETY: both ends are as long as the destination; the wait below keeps them that long.
-        let code = unsafe {
-            sys::cuMemcpyDtoHAsync_v2(
-                destination.as_mut_ptr().cast(),
-                source.address(),
-                destination.len(),
-                self.stream().handle(),
-            )
-        };
-        let bytes = destination.len();
-        self.context()
-            .check(code, || format!("copying {bytes} bytes from the device"))?;
-        self.stream().synchronize()
+        self.download_on(self.stream(), source, destination)
     }
 
     fn copy_from_peer(
@@ -297,6 +348,7 @@ impl DeviceMemory for CudaDevice {
             // their steps.
             return unsafe { self.copy(source.address(), destination.address(), bytes) };
         }
+        self.reach(peer)?;
         let left = &peer.shared.left;
         left.record(peer.stream())?;
         self.stream().wait(left)?;

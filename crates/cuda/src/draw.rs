@@ -18,7 +18,7 @@ use crate::error::CudaUnavailable;
 use crate::launch::Launch;
 use crate::module::{Kernel, Modules};
 use crate::step::aligned;
-use crate::stream::PinnedBuffer;
+use crate::stream::{PinnedBuffer, Stream};
 
 /// Most changes of a draw.
 const MOST_CHANGES: usize = 1024;
@@ -252,6 +252,7 @@ pub(crate) struct DrawScratch {
     results: PinnedBuffer,
     /// Of the current step.
     kinds: DrawKinds,
+    /// Draws of the last step with logit rows.
     count: usize,
 }
 
@@ -274,10 +275,12 @@ impl DrawScratch {
         })
     }
 
-    /// Takes note of a step's draws.
+    /// Takes note of a step's draws. What was drawn before stays, if the step wants nothing.
     pub(crate) fn begin(&mut self, batch: &StepBatch<'_>) {
         self.kinds = DrawKinds::of(batch.draws);
-        self.count = batch.draws.len();
+        if !batch.logit_rows.is_empty() {
+            self.count = batch.draws.len();
+        }
     }
 
     /// Whether a step's draws are made here at all.
@@ -340,9 +343,10 @@ impl CudaDevice {
         Ok(())
     }
 
-    /// The step's tokens, after everything enqueued before.
+    /// The tokens of the last step with logit rows, by way of a stream where they are there.
     pub(crate) fn read_draws<'a>(
         &self,
+        stream: &Stream,
         scratch: &'a mut DrawScratch,
     ) -> Result<&'a [u32], DeviceError> {
         if scratch.count == 0 {
@@ -357,12 +361,12 @@ impl CudaDevice {
                 results.as_mut_ptr().cast(),
                 drawn,
                 size_of_val(results),
-                self.stream().handle(),
+                stream.handle(),
             )
         };
         self.context()
             .check(code, || "copying the drawn tokens".to_owned())?;
-        self.stream().synchronize()?;
+        stream.synchronize()?;
         Ok(results)
     }
 }

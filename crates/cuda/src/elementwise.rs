@@ -336,8 +336,22 @@ impl ElementwiseOps for CudaDevice {
         self.enqueue_draws(logits, args, header, &workspace.draws)
     }
 
+    fn read_logits<'a>(
+        &self,
+        logits: &'a mut CudaBuffer,
+        elements: usize,
+        copy: &'a mut [f32],
+        workspace: &mut CudaWorkspace,
+    ) -> Result<&'a mut [f32], DeviceError> {
+        let stream = self.results_stream(&workspace.results)?;
+        let copy = &mut copy[..elements];
+        self.download_on(stream, logits, bytemuck::cast_slice_mut(copy))?;
+        Ok(copy)
+    }
+
     fn drawn_tokens<'a>(&self, workspace: &'a mut CudaWorkspace) -> Result<&'a [u32], DeviceError> {
-        self.read_draws(&mut workspace.draws)
+        let stream = self.results_stream(&workspace.results)?;
+        self.read_draws(stream, &mut workspace.draws)
     }
 }
 

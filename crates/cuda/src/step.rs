@@ -13,7 +13,7 @@ use crate::draw::{self, DrawScratch};
 use crate::graph::{self, Found, Recorded, Recorder, Recordings};
 use crate::launch::Launch;
 use crate::linear::LinearScratch;
-use crate::stream::{Event, PinnedBuffer};
+use crate::stream::{Event, PinnedBuffer, Stream};
 
 /// Parts of one allocation start at multiples of this: what every load of a kernel is aligned to.
 pub(crate) const ALIGNMENT: usize = 256;
@@ -26,7 +26,7 @@ pub(crate) fn aligned(bytes: usize) -> usize {
 /// Most ropes of a model; `MOST_ROPES` in `step.cu`.
 const MOST_ROPES: usize = 4;
 
-/// Copies of a step's inputs that may be under way at once.
+/// Copies of a step's inputs that may be under way at once, if nothing else is said.
 const STAGING_COPIES: usize = 2;
 
 /// How one rope of the current step pairs up dimensions.
@@ -90,7 +90,8 @@ pub(crate) struct StepInputs {
     pub(crate) shape: WorkspaceShape,
     offsets: Offsets,
     memory: CudaBuffer,
-    staging: [(PinnedBuffer, Event); STAGING_COPIES],
+    /// Where copies of steps' inputs start, in turns, with the place in the stream after each.
+    staging: Vec<(PinnedBuffer, Event)>,
     next_staging: usize,
     /// Ropes whose frequencies are on the device.
     known_ropes: Vec<Rope>,
@@ -154,6 +155,27 @@ impl StepInputs {
     }
 }
 
+/// When what a step gives can be read.
+#[derive(Debug)]
+pub(crate) struct StepResults {
+    /// Whether steps have begun since the last one with logit rows.
+    pub(crate) are_behind: bool,
+    /// The place in the stream after that step, if so.
+    pub(crate) finished: Event,
+}
+
+impl StepResults {
+    /// Takes note of a step before anything of it is enqueued.
+    fn begin(&mut self, batch: &StepBatch<'_>, stream: &Stream) -> Result<(), DeviceError> {
+        let wants_none = batch.logit_rows.is_empty();
+        if wants_none && !self.are_behind {
+            self.finished.record(stream)?;
+        }
+        self.are_behind = wants_none;
+        Ok(())
+    }
+}
+
 /// Most rows of a sequence in a step of [`is_decode`]: a token and the guesses that follow it.
 const MOST_DECODE_RUN: usize = 16;
 
@@ -176,6 +198,7 @@ pub struct CudaWorkspace {
     pub(crate) draws: DrawScratch,
     /// At the end of the inputs' memory.
     pub(crate) linear: LinearScratch,
+    pub(crate) results: StepResults,
     recordings: Recordings,
 }
 
@@ -230,15 +253,11 @@ impl StepOps for CudaDevice {
         let offsets = Offsets::of(shape);
         let mut memory = CudaBuffer::allocate(self.context(), reservation)?;
         memory.clear(self.stream())?;
-        let staging = || {
-            let memory = PinnedBuffer::new(self.context(), offsets.token_ids - offsets.packed)?;
-            Ok::<_, DeviceError>((memory, Event::new(self.context())?))
-        };
         let inputs = StepInputs {
             shape: *shape,
             offsets,
             memory,
-            staging: [staging()?, staging()?],
+            staging: Vec::new(),
             next_staging: 0,
             known_ropes: Vec::with_capacity(shape.ropes),
             ropes: Vec::with_capacity(shape.ropes),
@@ -250,13 +269,38 @@ impl StepOps for CudaDevice {
         let attention = AttentionScratch::new(shape, inputs.memory.at(offsets.attention));
         let draws = inputs.memory.at(offsets.draws);
         let draws = DrawScratch::new(self.context(), shape, draws)?;
-        Ok(CudaWorkspace {
+        let mut workspace = CudaWorkspace {
             inputs,
             attention,
             draws,
             linear,
+            results: StepResults {
+                are_behind: false,
+                finished: Event::new(self.context())?,
+            },
             recordings: Recordings::new(self.node_bytes()),
-        })
+        };
+        self.allow_steps(STAGING_COPIES, &mut workspace)?;
+        Ok(workspace)
+    }
+
+    fn runs_by_itself(&self) -> bool {
+        true
+    }
+
+    fn check_enqueued(&self) -> Result<(), DeviceError> {
+        self.check_rows_that_left()
+    }
+
+    fn allow_steps(&self, steps: usize, workspace: &mut CudaWorkspace) -> Result<(), DeviceError> {
+        let StepInputs {
+            staging, offsets, ..
+        } = &mut workspace.inputs;
+        while staging.len() < steps {
+            let memory = PinnedBuffer::new(self.context(), offsets.token_ids - offsets.packed)?;
+            staging.push((memory, Event::new(self.context())?));
+        }
+        Ok(())
     }
 
     fn recording_bytes(&self, shape: &WorkspaceShape, layers: usize) -> Bytes {
@@ -290,6 +334,7 @@ impl StepOps for CudaDevice {
             ..inputs.shape
         };
         shape.check(self.context().id(), batch, ropes)?;
+        workspace.results.begin(batch, self.stream())?;
         self.know_ropes(ropes, inputs)?;
         inputs.rows = batch.rows();
         inputs.is_decode = is_decode(batch);
@@ -442,9 +487,10 @@ impl CudaDevice {
         inputs: &mut StepInputs,
     ) -> Result<(), DeviceError> {
         let packed = inputs.memory.at(inputs.offsets.packed);
+        let copies = inputs.staging.len();
         let (memory, copied) = &mut inputs.staging[inputs.next_staging];
-        inputs.next_staging = (inputs.next_staging + 1) % STAGING_COPIES;
-        // The copy that was made from here two steps ago.
+        inputs.next_staging = (inputs.next_staging + 1) % copies;
+        // The copy that was made from here as many steps ago: so far is the host ahead at most.
         copied.synchronize()?;
         let mut words = draw::settings_words(batch);
         for array in [

@@ -109,6 +109,12 @@ impl Event {
         if !is_sticky(answer) {
             return Ok(());
         }
+        self.check()
+    }
+
+    /// Whether what was enqueued before the place that was marked last has failed, as far as is
+    /// known: waits for nothing.
+    pub(crate) fn check(&self) -> Result<(), DeviceError> {
         self.context.bind()?;
         // SAFETY: the handle is alive.
         let code = unsafe { sys::cuEventQuery(self.handle) };

@@ -45,6 +45,9 @@ pub struct Report {
     pub calls_after_loss: Vec<String>,
     /// What a real driver would have refused.
     pub misuse: Vec<String>,
+    /// With `trace=on`: the calls since then that wait for something or let a stream wait, and
+    /// copies, each with its stream and event or 0x0.
+    pub trace: Vec<String>,
 }
 
 impl Report {
@@ -175,10 +178,12 @@ impl FakeDriver {
             counts: HashMap::new(),
             calls_after_loss: Vec::new(),
             misuse: Vec::new(),
+            trace: Vec::new(),
         };
         for (key, value) in lines {
             match (key, value.parse()) {
                 ("misuse", _) => report.misuse.push(value.to_owned()),
+                ("trace", _) => report.trace.push(value.to_owned()),
                 ("call_after_loss", _) => report.calls_after_loss.push(value.to_owned()),
                 (_, Ok(count)) => {
                     report.counts.insert(key.to_owned(), count);

@@ -161,3 +161,18 @@ unsafe extern "C" fn cuCtxSetCurrent(context: usize) -> Code {
         state.select(context)
     })
 }
+
+/// Which devices reach each other is nothing that anything here depends on.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuCtxEnablePeerAccess(peer: usize, _flags: u32) -> Code {
+    call("cuCtxEnablePeerAccess", Call::Plain, |state| {
+        match state
+            .device_of(peer)
+            .map(|device| state.contexts[device].broken)
+        {
+            Some(None) => Ok(()),
+            Some(Some(code)) => Err(code),
+            None => Err(state.refuse(INVALID_DEVICE, "reaching no device".to_owned())),
+        }
+    })
+}

@@ -16,6 +16,7 @@
 //! | `init=803` | what starting the driver is answered with |
 //! | `others=BYTES` | memory of every GPU that another process holds |
 //! | `nvml=off` | NVML does not start |
+//! | `trace=on` | calls that have to do with waiting are reported, from here on |
 //! | `fault=NAME:AFTER:CODE` | after AFTER calls of the function (or of `any` one) the next fails |
 //! | `fault=NAME:AFTER:CODE:sticky` | and so does everything after it on that GPU |
 //! | `fault=NAME:AFTER:CODE:other` | the same on the other one of two GPUs |

@@ -173,6 +173,7 @@ unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
 ) -> Code {
     call("cuMemcpyHtoDAsync_v2", Call::Plain, |state| {
         state.check_stream(stream)?;
+        state.note("copy-in", stream, 0);
         let device = state.current()?;
         state.check_range(to, bytes, device)?;
         // SAFETY: checked, and the caller's memory.
@@ -190,6 +191,7 @@ unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
 ) -> Code {
     call("cuMemcpyDtoHAsync_v2", Call::Plain, |state| {
         state.check_stream(stream)?;
+        state.note("copy-out", stream, 0);
         let device = state.current()?;
         state.check_range(from, bytes, device)?;
         // SAFETY: checked, and the caller's memory.
@@ -222,6 +224,7 @@ unsafe extern "C" fn cuMemcpyPeerAsync(
 ) -> Code {
     call("cuMemcpyPeerAsync", Call::Plain, |state| {
         state.check_stream(stream)?;
+        state.note("copy-peer", stream, 0);
         let devices = [from_context, to_context].map(|context| state.device_of(context));
         let [Some(from_device), Some(to_device)] = devices else {
             return Err(state.refuse(INVALID_VALUE, "copying from or to no device".to_owned()));

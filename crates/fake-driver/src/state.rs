@@ -100,6 +100,8 @@ pub(crate) struct State {
     has_fired: bool,
     calls_after_loss: Vec<String>,
     pub(crate) launches: u64,
+    /// What is enqueued besides kernels, and what is waited for, since that was asked for.
+    trace: Option<Vec<String>>,
     /// Objects that were alive when the last holder of a healthy context let go of it.
     leaked: usize,
     misuse: Vec<String>,
@@ -158,6 +160,7 @@ impl State {
             has_fired: false,
             calls_after_loss: Vec::new(),
             launches: 0,
+            trace: None,
             leaked: 0,
             misuse: Vec::new(),
         }
@@ -186,6 +189,7 @@ impl State {
             "driver" => self.driver_version = value.parse().ok()?,
             "init" => self.init_code = value.parse().ok()?,
             "nvml" => self.has_management = value != "off",
+            "trace" => self.trace = (value == "on").then(Vec::new),
             "capability" => {
                 let (major, minor) = value.split_once('.')?;
                 self.capability = (major.parse().ok()?, minor.parse().ok()?);
@@ -237,6 +241,9 @@ impl State {
         for misuse in &self.misuse {
             let _ = writeln!(text, "misuse {misuse}");
         }
+        for call in self.trace.iter().flatten() {
+            let _ = writeln!(text, "trace {call}");
+        }
         text
     }
 
@@ -259,6 +266,13 @@ impl State {
         let handle = self.new_handle();
         self.objects.insert(handle, Object { device, kind });
         handle
+    }
+
+    /// Takes note of a call and of what it is about.
+    pub(crate) fn note(&mut self, call: &str, stream: usize, event: usize) {
+        if let Some(trace) = &mut self.trace {
+            trace.push(format!("{call} {stream:#x} {event:#x}"));
+        }
     }
 
     /// Takes note of what a caller may not do.

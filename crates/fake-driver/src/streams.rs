@@ -69,6 +69,7 @@ unsafe extern "C" fn cuStreamDestroy_v2(stream: usize) -> Code {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
     call("cuStreamSynchronize", Call::Plain, |state| {
+        state.note("stream-synchronize", stream, 0);
         state.check_idle(stream)
     })
 }
@@ -77,6 +78,7 @@ unsafe extern "C" fn cuStreamSynchronize(stream: usize) -> Code {
 unsafe extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, _flags: u32) -> Code {
     call("cuStreamWaitEvent", Call::Plain, |state| {
         state.check_stream(stream)?;
+        state.note("wait", stream, event);
         // An event may be another device's.
         match state.objects.get(&event).copied() {
             Some(Object {
@@ -109,6 +111,7 @@ unsafe extern "C" fn cuEventDestroy_v2(event: usize) -> Code {
 unsafe extern "C" fn cuEventRecord(event: usize, stream: usize) -> Code {
     call("cuEventRecord", Call::Plain, |state| {
         state.check_stream(stream)?;
+        state.note("record", stream, event);
         state.object(event, is_event).map(|_| ())
     })
 }
@@ -116,6 +119,7 @@ unsafe extern "C" fn cuEventRecord(event: usize, stream: usize) -> Code {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuEventSynchronize(event: usize) -> Code {
     call("cuEventSynchronize", Call::Plain, |state| {
+        state.note("event-synchronize", 0, event);
         state.object(event, is_event).map(|_| ())
     })
 }

@@ -64,6 +64,8 @@ pub struct Decoder<D: Device> {
     /// `[max_logit_rows, head_width]`: the host's copy of the logits. Empty where the device's
     /// memory is the host's.
     logits: Vec<f32>,
+    /// Rows of the last step with logit rows whose logits are returned, and its draws.
+    wanted: (usize, usize),
 }
 
 impl<D: Device> Decoder<D> {
@@ -82,9 +84,13 @@ impl<D: Device> Decoder<D> {
         limits.draws = stages
             .last()
             .and_then(|stage| stage.device.draw_limits(head_width));
+        if stages.iter().all(|stage| stage.device.runs_by_itself()) {
+            limits.stages = stages.len();
+        }
         let copied_rows = if is_on_host { 0 } else { limits.max_logit_rows };
         Self {
             logits: vec![0.0; copied_rows * head_width],
+            wanted: (0, 0),
             spec,
             planned_context_tokens: limits.context_tokens,
             limits,
@@ -130,11 +136,6 @@ impl<D: Device> Decoder<D> {
             draws: DrawKinds::of(&step.draws),
             generation: self.cache_generation,
         });
-        for stage in &mut self.stages {
-            stage
-                .device
-                .begin_step(&batch, &self.ropes, &mut stage.workspace)?;
-        }
         for index in 0..self.stages.len() {
             let (before, from_here) = self.stages.split_at_mut(index);
             let Stage {
@@ -145,6 +146,8 @@ impl<D: Device> Decoder<D> {
                 activations,
                 workspace,
             } = &mut from_here[0];
+            // Not before the stages before it have their work: it may wait for an earlier step.
+            device.begin_step(&batch, &self.ropes, workspace)?;
             if let Some(previous) = before.last() {
                 let source = &previous.activations.hidden;
                 let hidden = &mut activations.hidden;
@@ -178,30 +181,6 @@ impl<D: Device> Decoder<D> {
             })?;
         }
         Ok(())
-    }
-
-    /// What [`Self::forward`] has made, where the host can read it: tokens for `draws` rows, and
-    /// the logits of `rows` rows without their padding.
-    fn read_output(&mut self, rows: usize, draws: usize) -> Result<StepOutput<'_>, ModelError> {
-        let mut output = StepOutput::default();
-        let Some(Stage {
-            device,
-            activations,
-            workspace,
-            ..
-        }) = self.stages.last_mut()
-        else {
-            return Ok(output);
-        };
-        if draws > 0 {
-            output.drawn = device.drawn_tokens(workspace)?;
-        }
-        if rows > 0 {
-            let elements = rows * self.head_width;
-            let logits = device.read_f32(&mut activations.logits, elements, &mut self.logits)?;
-            output.logits = without_padding(logits, self.head_width, self.spec.vocab_size);
-        }
-        Ok(output)
     }
 }
 
@@ -258,16 +237,50 @@ impl<D: Device> Runner for Decoder<D> {
         &self.limits
     }
 
-    fn run(&mut self, step: &StepPlan) -> Result<StepOutput<'_>, ModelError> {
+    fn submit(&mut self, step: &StepPlan) -> Result<(), ModelError> {
         step.check(&self.limits, self.spec.vocab_size)?;
         self.adapters.begin_step(step)?;
         self.copy_pages(&step.page_copies)?;
         if step.token_ids.is_empty() {
-            return Ok(StepOutput::default());
+            return Ok(());
+        }
+        if !step.logit_rows.is_empty() {
+            self.wanted = (0, 0);
         }
         self.forward(step)?;
-        let draws = step.draws.len();
-        self.read_output(step.logit_rows.len() - draws, draws)
+        if !step.logit_rows.is_empty() {
+            let draws = step.draws.len();
+            self.wanted = (step.logit_rows.len() - draws, draws);
+        }
+        Ok(())
+    }
+
+    fn output(&mut self) -> Result<StepOutput<'_>, ModelError> {
+        let (rows, draws) = std::mem::take(&mut self.wanted);
+        let mut output = StepOutput::default();
+        let Some((last, before)) = self.stages.split_last_mut() else {
+            return Ok(output);
+        };
+        let Stage {
+            device,
+            activations,
+            workspace,
+            ..
+        } = last;
+        if rows > 0 {
+            let elements = rows * self.head_width;
+            let logits = &mut activations.logits;
+            let logits = device.read_logits(logits, elements, &mut self.logits, workspace)?;
+            output.logits = without_padding(logits, self.head_width, self.spec.vocab_size);
+        }
+        if draws > 0 {
+            output.drawn = device.drawn_tokens(workspace)?;
+        }
+        // Whether the last device has waited for another one in vain does not show there.
+        for stage in before {
+            stage.device.check_enqueued()?;
+        }
+        Ok(output)
     }
 
     fn reshape_cache(&mut self, request: CacheRequest) -> Result<&RunnerLimits, ModelError> {

@@ -32,5 +32,5 @@ pub use pairing::{DraftError, DraftWarning, PairedModel, TokenDifference, diagno
 pub use plan::{EmbeddingPlace, Footprint, ModelPlan, ModelRequest, plan_model};
 pub use reshape::CacheRequest;
 pub use rope::{RopeOverrides, RopeScaling, RopeSpec, rope};
-pub use runner::{PageCopy, Runner, RunnerLimits, StepOutput, StepPlan};
+pub use runner::{PageCopy, Runner, RunnerLimits, StepOutput, StepPlan, chunk_tokens};
 pub use spec::{Biases, BlockShape, LayerSpec, ModelSpec, NormSpec};

@@ -230,6 +230,8 @@ impl Loader<'_> {
             let scratch = carve(&mut room.workspace, scratch, || "scratch".to_owned())?;
             let mut workspace = device.create_workspace(&shape.workspace, scratch)?;
             device.record_within(room.recordings, &mut workspace)?;
+            // Every device may be at a step of its own, and the host at the one after.
+            device.allow_steps(self.plan.memory.devices.len() + 1, &mut workspace)?;
             stages.push(Stage {
                 device,
                 embedding,
@@ -468,6 +470,7 @@ fn runner_limits(plan: &ModelPlan) -> RunnerLimits {
         context_tokens,
         // Known once the devices are.
         draws: None,
+        stages: 1,
     }
 }
 

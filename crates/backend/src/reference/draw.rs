@@ -40,7 +40,9 @@ impl StepDraws {
         self.draws.extend_from_slice(batch.draws);
         self.changes.clear();
         self.changes.extend_from_slice(batch.changes);
-        self.drawn.clear();
+        if !batch.logit_rows.is_empty() {
+            self.drawn.clear();
+        }
     }
 
     /// Draws from the last rows of `logits`, f32 `[_, width]`.

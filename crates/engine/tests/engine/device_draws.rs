@@ -23,6 +23,8 @@ struct Drawing {
     runner: Box<dyn Runner>,
     limits: RunnerLimits,
     plan: StepPlan,
+    /// The last step with logits.
+    wanted: StepPlan,
     logits: Vec<f32>,
     drawn: Vec<u32>,
     /// Draws made so far, and rows of logits returned.
@@ -59,6 +61,7 @@ impl Drawing {
             runner,
             limits,
             plan: StepPlan::default(),
+            wanted: StepPlan::default(),
             logits: Vec::new(),
             drawn: Vec::new(),
             counts: Arc::clone(&counts),
@@ -76,13 +79,21 @@ impl Runner for Drawing {
         &self.limits
     }
 
-    fn run(&mut self, step: &StepPlan) -> Result<StepOutput<'_>, ModelError> {
-        let vocab_size = self.runner.spec().vocab_size;
-        step.check(&self.limits, vocab_size)?;
+    fn submit(&mut self, step: &StepPlan) -> Result<(), ModelError> {
+        step.check(&self.limits, self.runner.spec().vocab_size)?;
+        if !step.logit_rows.is_empty() {
+            self.wanted.clone_from(step);
+        }
         self.plan.clone_from(step);
         self.plan.draws.clear();
         self.plan.changes.clear();
-        let logits = self.runner.run(&self.plan)?.logits;
+        self.runner.submit(&self.plan)
+    }
+
+    fn output(&mut self) -> Result<StepOutput<'_>, ModelError> {
+        let vocab_size = self.runner.spec().vocab_size;
+        let step = &self.wanted;
+        let logits = self.runner.output()?.logits;
         let kept_rows = step.logit_rows.len() - step.draws.len();
         let (kept, drawn_from) = logits.split_at(kept_rows * vocab_size);
         self.logits.clear();

@@ -246,6 +246,8 @@ fn streams_are_async_without_a_runtime() {
 struct Faulty {
     runner: Box<dyn Runner>,
     gate: Arc<Mutex<()>>,
+    /// Of the last step with logits: whether each row's are to be NaN.
+    spoilt: Vec<bool>,
     logits: Vec<f32>,
 }
 
@@ -254,6 +256,7 @@ impl Faulty {
         Box::new(Self {
             runner: load("llama2", shape).0,
             gate: Arc::clone(gate),
+            spoilt: Vec::new(),
             logits: Vec::new(),
         })
     }
@@ -281,14 +284,14 @@ impl Runner for Faulty {
         self.runner.limits()
     }
 
-    fn run(&mut self, step: &StepPlan) -> Result<StepOutput<'_>, ModelError> {
+    fn submit(&mut self, step: &StepPlan) -> Result<(), ModelError> {
         drop(self.gate.lock());
         assert!(
             !step.token_ids.contains(&PANICS),
             "the fault that this test is about"
         );
         if step.token_ids.contains(&FAILS) {
-            return self.runner.run(&StepPlan::default());
+            return self.runner.submit(&StepPlan::default());
         }
         if step.token_ids.contains(&LOSES_THE_DEVICE) {
             return Err(ModelError::from(DeviceError::Lost {
@@ -297,18 +300,24 @@ impl Runner for Faulty {
                 reason: "an illegal memory access".to_owned(),
             }));
         }
+        if !step.logit_rows.is_empty() {
+            let is_spoilt = |&row: &u32| {
+                let sequence = step.row_sequences[row as usize];
+                let mut rows = step.row_sequences.iter().zip(&step.token_ids);
+                rows.any(|(&other, &id)| other == sequence && id == COMPUTES_NAN)
+            };
+            self.spoilt = step.logit_rows.iter().map(is_spoilt).collect();
+        }
+        self.runner.submit(step)
+    }
+
+    fn output(&mut self) -> Result<StepOutput<'_>, ModelError> {
         let vocab_size = self.runner.spec().vocab_size;
-        let logits = self.runner.run(step)?.logits;
         self.logits.clear();
-        self.logits.extend_from_slice(logits);
-        for (logits, &row) in self
-            .logits
-            .chunks_exact_mut(vocab_size)
-            .zip(&step.logit_rows)
-        {
-            let sequence = step.row_sequences[row as usize];
-            let mut rows = step.row_sequences.iter().zip(&step.token_ids);
-            if rows.any(|(&other, &id)| other == sequence && id == COMPUTES_NAN) {
+        self.logits.extend_from_slice(self.runner.output()?.logits);
+        let rows = self.logits.chunks_exact_mut(vocab_size);
+        for (logits, &is_spoilt) in rows.zip(&self.spoilt) {
+            if is_spoilt {
                 logits.fill(f32::NAN);
             }
         }
