@@ -14,6 +14,7 @@ const SETTINGS: SchedulerSettings = SchedulerSettings {
     max_rows: 512,
     max_logit_rows: 256,
     max_chunk_tokens: 512,
+    stages: 1,
     context_tokens: 1 << 20,
     latency: None,
 };

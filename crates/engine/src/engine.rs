@@ -198,6 +198,7 @@ fn scheduler_settings(
         max_rows: limits.max_rows,
         max_logit_rows: limits.max_logit_rows,
         max_chunk_tokens: chunk.clamp(1, limits.max_rows),
+        stages: limits.stages,
         context_tokens: limits.context_tokens,
         latency: latency.map(|(costs, factor)| LatencyGoal { costs, factor }),
     }

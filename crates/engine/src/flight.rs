@@ -27,6 +27,8 @@ pub(crate) struct Flight {
     pub(crate) jobs: HashMap<JobId, Active>,
     pub(crate) draft: Option<DraftModel>,
     pub(crate) step: Step,
+    /// Prompts that run while the step's output is awaited.
+    pub(crate) ahead: Step,
     /// Jobs that ended in this step.
     pub(crate) ended: Vec<(JobId, FinishReason, Option<EngineError>)>,
     /// Scratch: a job's logits mixed with those of its negative prompt.
@@ -46,6 +48,7 @@ impl Flight {
             jobs: HashMap::new(),
             draft,
             step: Step::default(),
+            ahead: Step::default(),
             ended: Vec::new(),
             mixed: Vec::new(),
             new_tokens: Vec::new(),
@@ -89,10 +92,22 @@ impl Flight {
 
     /// Writes the step as a model runs it, which draws within `limits`.
     pub(crate) fn fill(&mut self, plan: &mut StepPlan, limits: Option<DrawLimits>) {
-        self.scheduler.fill(&self.step, plan);
+        self.fill_rows(&self.step, plan);
         self.fill_draws(plan, limits);
+    }
+
+    /// Plans a step of prompts that need not wait for the output of the current one, and writes it
+    /// as a model runs it. False: there is none.
+    pub(crate) fn fill_ahead(&mut self, plan: &mut StepPlan) -> bool {
+        self.scheduler.plan_ahead(&self.step.parts, &mut self.ahead);
+        self.fill_rows(&self.ahead, plan);
+        !self.ahead.parts.is_empty()
+    }
+
+    fn fill_rows(&self, step: &Step, plan: &mut StepPlan) {
+        self.scheduler.fill(step, plan);
         let adapter = |part: &StepPart| self.jobs.get(&part.job)?.job.adapter;
-        let parts = &self.step.parts;
+        let parts = &step.parts;
         if parts.iter().any(|part| adapter(part).is_some()) {
             let ids = parts
                 .iter()
@@ -168,6 +183,29 @@ impl Flight {
         }
         self.step.parts = parts;
         self.drawn_jobs = drawn_jobs;
+    }
+
+    /// Notes what the step computes of jobs that want no logits, which is so for all steps after it,
+    /// and keeps the parts of all others. Returns whether there are any.
+    pub(crate) fn take_chunks(&mut self) -> bool {
+        let parts = std::mem::take(&mut self.step.parts);
+        for of_job in parts.chunk_by(|a, b| a.job == b.job) {
+            if of_job.iter().any(|part| part.wants_logits) {
+                self.step.parts.extend_from_slice(of_job);
+            } else {
+                self.take_job(of_job, JobOutput::Logits(&[]));
+            }
+        }
+        self.step.parts.len() < parts.len()
+    }
+
+    /// The same for the step ahead, where nobody wants logits.
+    pub(crate) fn take_ahead(&mut self) {
+        let parts = std::mem::take(&mut self.ahead.parts);
+        for of_job in parts.chunk_by(|a, b| a.job == b.job) {
+            self.take_job(of_job, JobOutput::Logits(&[]));
+        }
+        self.ahead.parts = parts;
     }
 
     /// As [`Self::take_results`], for the parts of one job.

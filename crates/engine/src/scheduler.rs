@@ -35,6 +35,8 @@ pub struct SchedulerSettings {
     pub max_logit_rows: usize,
     /// Prompt tokens of a step.
     pub max_chunk_tokens: usize,
+    /// As [`RunnerLimits::stages`](oxllama_model::RunnerLimits::stages).
+    pub stages: usize,
     /// Tokens of one sequence.
     pub context_tokens: usize,
     /// How much prefill may ride along with running jobs; `None`: as much as fits in a step.
@@ -373,6 +375,12 @@ impl Scheduler {
         self.pages.forget_copies(&step.copies);
         self.pages.forget_copies(&step.carried_copies);
         failed
+    }
+
+    /// Forgets what nobody holds of the cache, which after a failed step is everything: where steps
+    /// before it may not have run to their end either.
+    pub fn forget_cached(&mut self) {
+        self.pages.clear();
     }
 
     /// Forgets everything cached. Only while no job runs: waiting jobs start from nothing.

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use oxllama_backend::PAGE_TOKENS;
-use oxllama_model::{AdapterId, CacheRequest, Runner, RunnerLimits, StepPlan};
+use oxllama_model::{
+    AdapterId, CacheRequest, ModelError, Runner, RunnerLimits, StepOutput, StepPlan,
+};
 
 use crate::EngineError;
 use crate::active::Active;
@@ -22,6 +24,8 @@ pub(crate) struct Worker {
     flight: Flight,
     queue_changed: bool,
     steps: u64,
+    /// Steps whose chunks of prompts count as computed although no output has shown it yet.
+    unconfirmed_steps: usize,
     /// Why no step can follow.
     ended_by: Option<Arc<EngineError>>,
 }
@@ -40,6 +44,7 @@ impl Worker {
             flight: Flight::new(scheduler, draft.map(DraftModel::new)),
             queue_changed: false,
             steps: 0,
+            unconfirmed_steps: 0,
             ended_by: None,
         }
     }
@@ -248,15 +253,44 @@ impl Worker {
     fn run_step(&mut self) {
         self.steps += 1;
         if let Err(error) = self.flight.guess() {
-            self.fail_step(error.into());
+            self.fail_step(error, false);
             return;
         }
-        let draws = self.runner.limits().draws;
-        self.flight.fill(&mut self.plan, draws);
+        let limits = *self.runner.limits();
+        self.flight.fill(&mut self.plan, limits.draws);
+        let wants_output = !self.plan.logit_rows.is_empty();
+        if let Err(error) = self.submit_beside_masks() {
+            self.fail_step(error, false);
+            return;
+        }
+        if !wants_output {
+            self.unconfirmed_steps += 1;
+            let vocab_size = self.runner.spec().vocab_size;
+            self.flight.take_results(StepOutput::default(), vocab_size);
+            return;
+        }
+        let steps_ahead = match self.run_ahead(limits.stages) {
+            Ok(steps) => steps,
+            Err(error) => {
+                self.fail_step(error, true);
+                return;
+            }
+        };
         let vocab_size = self.runner.spec().vocab_size;
+        match self.runner.output() {
+            Ok(output) => {
+                self.flight.take_results(output, vocab_size);
+                self.unconfirmed_steps = steps_ahead;
+            }
+            Err(error) => self.fail_step(error, false),
+        }
+    }
+
+    /// Submits the step, while masks for its draws are made.
+    fn submit_beside_masks(&mut self) -> Result<(), ModelError> {
         let constrained = self.flight.constrained();
         let (runner, plan) = (&mut self.runner, &self.plan);
-        let ran = std::thread::scope(move |scope| {
+        std::thread::scope(move |scope| {
             if !constrained.is_empty() {
                 // A panic there is one here, when the scope ends.
                 scope.spawn(move || {
@@ -265,23 +299,47 @@ impl Worker {
                     }
                 });
             }
-            runner.run(plan)
-        });
-        match ran {
-            Ok(output) => self.flight.take_results(output, vocab_size),
-            Err(error) => self.fail_step(error.into()),
+            runner.submit(plan)
+        })
+    }
+
+    /// Submits prompts while the step's output is awaited: a step for each device that would have
+    /// nothing to do until then. Returns how many.
+    fn run_ahead(&mut self, stages: usize) -> Result<usize, ModelError> {
+        if stages < 2 {
+            return Ok(0);
         }
+        self.unconfirmed_steps += usize::from(self.flight.take_chunks());
+        for step in 1..stages {
+            if !self.flight.fill_ahead(&mut self.plan) {
+                return Ok(step - 1);
+            }
+            self.runner.submit(&self.plan)?;
+            self.flight.take_ahead();
+            self.steps += 1;
+            self.unconfirmed_steps += 1;
+        }
+        Ok(stages - 1)
     }
 
     /// Ends the jobs of a step that the device failed; all others start again, unless no step can
     /// succeed any more: then the engine ends, and every job with it.
-    fn fail_step(&mut self, error: EngineError) {
-        let error = Arc::new(error);
+    fn fail_step(&mut self, error: ModelError, is_ahead: bool) {
+        let error = Arc::new(EngineError::from(error));
         if error.is_final() {
             self.ended_by = Some(error);
             return;
         }
-        let failed = self.flight.scheduler.fail_step(&self.flight.step);
+        let Flight {
+            scheduler,
+            step,
+            ahead,
+            ..
+        } = &mut self.flight;
+        let failed = scheduler.fail_step(if is_ahead { ahead } else { step });
+        if std::mem::take(&mut self.unconfirmed_steps) > 0 {
+            scheduler.forget_cached();
+        }
         for id in failed {
             self.finish(id, FinishReason::Error, Some(Arc::clone(&error)));
         }

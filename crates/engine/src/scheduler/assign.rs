@@ -1,8 +1,9 @@
 //! Pages and rows for the jobs that run.
 
 use oxllama_backend::PAGE_TOKENS;
+use oxllama_model::chunk_tokens;
 
-use super::{Scheduler, Step, StepPart, Task};
+use super::{JobId, Scheduler, Step, StepPart, Task};
 
 /// What is left of a step.
 struct Left {
@@ -24,11 +25,57 @@ impl Scheduler {
         let mut left = Left {
             rows: self.settings.max_rows,
             logit_rows: self.settings.max_logit_rows,
-            chunk_tokens: self.settings.max_chunk_tokens,
-            seconds: None,
+            chunk_tokens: self.chunk_tokens(),
+            seconds: self.spare_seconds(),
         };
         self.assign_decodes(step, &mut left);
-        self.assign_prefills(step, &mut left);
+        self.assign_prefills(step, &mut left, &[]);
+    }
+
+    /// Makes a step of prompts alone, to be run before the output of the last step is there, in
+    /// which `awaited` are the parts that wait for it: their jobs are left as they are. It wants no
+    /// logits, starts nobody and takes no pages from anybody; it may be empty.
+    pub fn plan_ahead(&mut self, awaited: &[StepPart], step: &mut Step) {
+        step.begin();
+        let is_awaited = |id: JobId| awaited.iter().any(|part| part.job == id);
+        for index in 0..self.running.len() {
+            let task = &self.running[index];
+            if !task.is_decoding() && !is_awaited(task.id) {
+                // One that finds no room runs what it has room for.
+                self.grow_task(index);
+            }
+        }
+        let mut left = Left {
+            rows: self.settings.max_rows,
+            logit_rows: 0,
+            chunk_tokens: self.chunk_tokens(),
+            seconds: self.spare_seconds(),
+        };
+        self.assign_prefills(step, &mut left, awaited);
+    }
+
+    /// Prompt tokens of a step: those with which all prompts that are under way end soonest.
+    fn chunk_tokens(&self) -> usize {
+        let prefilling = self.running.iter().filter(|task| !task.is_decoding());
+        let sequences = prefilling.flat_map(|task| &task.sequences);
+        // Of whole prompts, so that it is the same from one chunk to the next.
+        let tokens = sequences.map(|sequence| sequence.token_ids.len()).sum();
+        let best = chunk_tokens(tokens, self.settings.stages);
+        best.min(self.settings.max_chunk_tokens)
+    }
+
+    /// Seconds that prefill may add to a step; `None`: without bound.
+    fn spare_seconds(&self) -> Option<f64> {
+        let goal = self.settings.latency?;
+        let (mut rows, mut attended) = (0, 0);
+        for task in self.running.iter().filter(|task| task.is_decoding()) {
+            for sequence in &task.sequences {
+                let own = 1 + task.drafts.len();
+                rows += own;
+                attended += own * sequence.pages.tokens();
+            }
+        }
+        (rows > 0).then(|| goal.spare_seconds(rows, attended))
     }
 
     /// Drops drafts that the step has no rows for. Half of the spare rows stay for prompts.
@@ -110,7 +157,6 @@ impl Scheduler {
     }
 
     fn assign_decodes(&self, step: &mut Step, left: &mut Left) {
-        let mut attended = 0;
         for task in self.running.iter().filter(|task| task.is_decoding()) {
             for (index, sequence) in task.sequences.iter().enumerate() {
                 let part = StepPart {
@@ -123,20 +169,19 @@ impl Scheduler {
                 };
                 left.rows -= part.rows();
                 left.logit_rows -= part.logit_rows();
-                attended += part.rows() * part.first;
                 step.parts.push(part);
             }
         }
-        let rows = self.settings.max_rows - left.rows;
-        if let (Some(goal), 1..) = (self.settings.latency, rows) {
-            left.seconds = Some(goal.spare_seconds(rows, attended));
-        }
     }
 
-    fn assign_prefills(&self, step: &mut Step, left: &mut Left) {
+    /// Rows for prompts, but for those of jobs in `awaited`.
+    fn assign_prefills(&self, step: &mut Step, left: &mut Left, awaited: &[StepPart]) {
         // However little time there is, the first prompt in line goes on.
         let mut least = 1;
         for task in self.running.iter().filter(|task| !task.is_decoding()) {
+            if awaited.iter().any(|part| part.job == task.id) {
+                continue;
+            }
             for (index, sequence) in task.sequences.iter().enumerate() {
                 let first = sequence.pages.tokens();
                 let room = sequence.pages.table().len() * PAGE_TOKENS - first;

@@ -1,5 +1,6 @@
 //! The engine on tiny real models: what jobs get, whatever runs beside them.
 
+mod ahead;
 mod basics;
 mod common;
 mod device_draws;

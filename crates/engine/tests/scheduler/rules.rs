@@ -87,6 +87,63 @@ fn prompts_are_cut_to_the_time_that_running_jobs_allow() {
 }
 
 #[test]
+fn prompts_go_on_while_tokens_are_awaited() {
+    let mut scheduler = Scheduler::new(SchedulerSettings {
+        stages: 2,
+        ..settings(40, 8)
+    });
+    let (mut step, mut ahead) = (Step::default(), Step::default());
+    scheduler.submit(request(0, own(0, 10), 200)).unwrap();
+    run(&mut scheduler, &mut step);
+    for id in 1..3 {
+        scheduler.submit(request(id, own(id, 120), 10)).unwrap();
+    }
+    // A token of the first job, and as much of the second's prompt as a step takes.
+    scheduler.plan_step(&mut step);
+    let parts = |step: &Step| -> Vec<(u64, usize, bool)> {
+        let parts = step.parts.iter();
+        parts
+            .map(|part| (part.job.0, part.tokens, part.wants_logits))
+            .collect()
+    };
+    assert_eq!(parts(&step), [(0, 1, true), (1, 96, false)]);
+    // Ahead of that token all of the prompt but its last token, which gives a token itself.
+    scheduler.complete(&step.parts[1], &[]);
+    scheduler.plan_ahead(&step.parts[..1], &mut ahead);
+    assert_eq!(parts(&ahead), [(1, 23, false), (2, 73, false)]);
+    for part in &ahead.parts {
+        scheduler.complete(part, &[]);
+    }
+    scheduler.complete(&step.parts[0], &[7]);
+    // The next step owes each of the first two a token.
+    scheduler.plan_step(&mut step);
+    let expected = [(0, 1, true), (1, 1, true), (2, 47, true)];
+    assert_eq!(parts(&step), expected);
+    // All that is left is awaited.
+    scheduler.plan_ahead(&step.parts, &mut ahead);
+    assert!(ahead.is_empty());
+    scheduler.audit().unwrap();
+}
+
+#[test]
+fn a_long_prompt_is_cut_for_the_devices_that_it_passes() {
+    let longest_step = |stages| {
+        let mut scheduler = Scheduler::new(SchedulerSettings {
+            max_rows: 4096,
+            max_chunk_tokens: 4096,
+            context_tokens: 8192,
+            stages,
+            ..settings(40, 8)
+        });
+        let mut step = Step::default();
+        scheduler.submit(request(0, own(0, 2048), 1)).unwrap();
+        scheduler.plan_step(&mut step);
+        step.parts[0].tokens
+    };
+    assert_eq!([1, 2, 4].map(longest_step), [2048, 1024, 768]);
+}
+
+#[test]
 fn the_youngest_of_the_lowest_priority_gives_way_and_comes_back() {
     let mut scheduler = Scheduler::new(settings(6, 8));
     let mut step = Step::default();

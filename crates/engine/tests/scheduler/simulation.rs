@@ -87,10 +87,12 @@ pub(crate) struct Simulator {
     jobs: HashMap<JobId, Simulated>,
     cache: Cache,
     step: Step,
+    ahead: Step,
     next_id: u64,
     pub(crate) finished: u64,
     pub(crate) cancelled: u64,
     pub(crate) failed_steps: u64,
+    pub(crate) steps_ahead: u64,
 }
 
 impl Simulator {
@@ -103,10 +105,12 @@ impl Simulator {
                 slots: vec![0; settings.pages * PAGE_TOKENS],
             },
             step: Step::default(),
+            ahead: Step::default(),
             next_id: 0,
             finished: 0,
             cancelled: 0,
             failed_steps: 0,
+            steps_ahead: 0,
         }
     }
 
@@ -188,6 +192,9 @@ impl Simulator {
             return;
         }
         self.cache.run(&self.scheduler, &self.step);
+        if self.scheduler.settings().stages > 1 && !self.run_ahead() {
+            return;
+        }
         let parts = self.step.parts.clone();
         for of_job in parts.chunk_by(|a, b| a.job == b.job) {
             self.complete(of_job);
@@ -201,6 +208,50 @@ impl Simulator {
             }
         }
         self.scheduler.audit().unwrap();
+    }
+
+    /// Runs prompts before anything is known of the tokens that the step's other parts give. False:
+    /// the step has failed.
+    fn run_ahead(&mut self) -> bool {
+        let parts = std::mem::take(&mut self.step.parts);
+        for of_job in parts.chunk_by(|a, b| a.job == b.job) {
+            if of_job.iter().any(|part| part.wants_logits) {
+                self.step.parts.extend_from_slice(of_job);
+            } else {
+                self.complete(of_job);
+            }
+        }
+        for _ in 1..self.scheduler.settings().stages {
+            let before: Vec<JobId> = self.scheduler.running().collect();
+            self.scheduler.plan_ahead(&self.step.parts, &mut self.ahead);
+            assert!(self.scheduler.running().eq(before), "who runs has changed");
+            self.scheduler.audit().unwrap();
+            let settings = self.scheduler.settings();
+            let rows: usize = self.ahead.parts.iter().map(StepPart::rows).sum();
+            assert!(rows <= settings.max_chunk_tokens.min(settings.max_rows));
+            let is_awaited = |id| self.step.parts.iter().any(|part| part.job == id);
+            for part in &self.ahead.parts {
+                assert!(!part.wants_logits && !is_awaited(part.job), "{part:?}");
+            }
+            self.cache.run(&self.scheduler, &self.ahead);
+            let parts = std::mem::take(&mut self.ahead.parts);
+            self.steps_ahead += u64::from(!parts.is_empty());
+            for of_job in parts.chunk_by(|a, b| a.job == b.job) {
+                self.complete(of_job);
+            }
+        }
+        if !self.step.parts.is_empty() && self.random.one_in(400) {
+            for id in self.scheduler.fail_step(&self.step) {
+                self.jobs.remove(&id);
+            }
+            // Nor has anything arrived that was taken for computed.
+            self.scheduler.forget_cached();
+            self.cache.slots.fill(99);
+            self.failed_steps += 1;
+            self.scheduler.audit().unwrap();
+            return false;
+        }
+        true
     }
 
     fn complete(&mut self, parts: &[StepPart]) {
@@ -274,6 +325,7 @@ pub(crate) fn settings(pages: usize, max_sequences: usize) -> SchedulerSettings 
         max_rows: 128,
         max_logit_rows: 48,
         max_chunk_tokens: 96,
+        stages: 1,
         context_tokens: 900,
         latency: None,
     }
@@ -321,6 +373,24 @@ fn a_hundred_thousand_jobs_leave_nothing_behind() {
     assert!(counters.evicted_pages > 0);
 }
 
+/// The same over several devices, where prompts run while tokens are awaited.
+#[test]
+fn jobs_on_several_devices_leave_nothing_behind() {
+    let bounds = SchedulerSettings {
+        stages: 3,
+        ..settings(30, 6)
+    };
+    let simulator = churn(bounds, 8, 5_000);
+    let counts = (
+        simulator.finished,
+        simulator.failed_steps,
+        simulator.steps_ahead,
+    );
+    assert!(counts.0 > 2_000, "{counts:?}");
+    assert!(counts.1 > 20 && counts.2 > 1_000, "{counts:?}");
+    assert!(simulator.scheduler.prefix_counters().shared_tokens > 0);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
@@ -330,12 +400,14 @@ proptest! {
         pages in 4usize..60,
         max_sequences in 2usize..12,
         max_chunk_tokens in 1usize..128,
+        stages in 1usize..4,
         row_ms in 0.0f64..2.0,
         factor in 1.0f64..4.0,
     ) {
         let costs = StepCosts { step_s: 0.005, row_s: row_ms * 1e-3, attended_s: 1e-7 };
         let bounds = SchedulerSettings {
             max_chunk_tokens,
+            stages,
             latency: Some(LatencyGoal { costs, factor }),
             ..settings(pages, max_sequences)
         };
