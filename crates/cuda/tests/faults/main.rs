@@ -4,4 +4,5 @@ mod books;
 mod every_call;
 mod lost;
 mod memory;
+mod pipeline;
 mod recordings;
