@@ -146,7 +146,7 @@ fn random(counter: u64) -> u64 {
 
 /// A job that draws from nearly everything, so that any change of a logit shows. Prompts of
 /// one family share their beginning.
-fn job(index: u64, prompt_tokens: usize, new_tokens: usize) -> Job {
+pub(crate) fn job(index: u64, prompt_tokens: usize, new_tokens: usize) -> Job {
     let family = index % 4;
     let own_from = prompt_tokens / 2;
     let token = |place: usize| {

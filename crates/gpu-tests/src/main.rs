@@ -26,6 +26,7 @@ mod models;
 mod real;
 mod recordings;
 mod repeats;
+mod split;
 mod table;
 
 use std::path::{Path, PathBuf};
@@ -129,6 +130,7 @@ fn test(options: Options) -> Result<usize> {
     models::run(&mut checks, &options.fixtures)?;
     repeats::run(&mut checks, &options.fixtures)?;
     recordings::run(&mut checks)?;
+    split::run(&mut checks, &options.fixtures)?;
     draws::run(&mut checks, &options.fixtures)?;
     real::run(&mut checks, &options.real)?;
     generator::run(&mut checks, &options.fixtures)?;

@@ -6,9 +6,7 @@ use anyhow::{Context, Result, ensure};
 use oxllama_backend::{Device, PAGE_TOKENS};
 use oxllama_cuda::CudaDevice;
 use oxllama_format::{ModelSource, SafetensorsDir, TensorSource};
-use oxllama_memory::{
-    Bytes, CacheFormat, DeviceId, DeviceInfo, GpuSplit, Inventory, Ledger, Policy,
-};
+use oxllama_memory::{Bytes, CacheFormat, DeviceId, DeviceInfo, Inventory, Ledger};
 use oxllama_model::{
     Decoder, EmbeddingPlace, LoadOptions, ModelRequest, ModelSpec, Runner, StepPlan, plan_model,
 };
@@ -116,15 +114,6 @@ pub(crate) fn run(checks: &mut Checks<'_>, folder: &Path) -> Result<()> {
         });
     }
     let path = folder.join("llama3");
-    let gpus = oxllama_cuda::gpus()?;
-    if let [first, second, ..] = &gpus[..] {
-        let devices = [CudaDevice::open(first)?, CudaDevice::open(second)?];
-        checks.check("layers on two GPUs give the same bits", || {
-            split_over_two(&path, &devices)
-        });
-    } else {
-        checks.skip("layers on two GPUs give the same bits", "there is one GPU");
-    }
     let (device, books) = (checks.device, checks.books()?);
     checks.check(
         "decode is the same run to run and alone or among 31 others",
@@ -203,44 +192,6 @@ fn recorded_and_launched(
     device.record_steps(was_recorded);
     ensure!(launched? == recorded?, "the numbers differ");
     Ok(format!("{STEPS} steps"))
-}
-
-/// Runs a model with its layers on two devices and on one: the same bits.
-fn split_over_two(path: &Path, devices: &[CudaDevice; 2]) -> Result<String> {
-    let limits = [Bytes::from_mib(64), Bytes::from_mib(64)];
-    let infos = devices.iter().zip(limits).map(|(device, limit)| {
-        let info = device.info();
-        DeviceInfo::new(info.id.clone(), info.name.clone(), limit)
-    });
-    let inventory = Inventory::new(infos.collect())?;
-    let ledger = Ledger::new(&inventory);
-    let source = ModelSource::open(path)?;
-    let spec = ModelSpec::from_config(source.config())?;
-    let mut logits = Vec::new();
-    let mut policy = Policy::Fill;
-    for expected in [1, 2] {
-        let request = ModelRequest {
-            policy: policy.clone(),
-            ..request(256, 1)
-        };
-        let plan = plan_model(&source, &spec, &devices[0], &inventory, &request)?;
-        let used = plan.memory.devices.len();
-        ensure!(used == expected, "{used} devices are used, not {expected}");
-        // Too little for all of it, enough for most of it.
-        let whole = &plan.memory.devices[0];
-        let most = whole.total.saturating_sub(Bytes(whole.weights.get() / 3));
-        policy = Policy::GpuSplit(GpuSplit(vec![most, whole.total]));
-        let options = LoadOptions::new(&ledger);
-        let mut model = Decoder::load(&source, spec.clone(), devices.to_vec(), &plan, &options)?;
-        let mut found = feed(&mut model, &[1, 2, 3, 4, 5], 0, 0)?;
-        for position in 5..40 {
-            let token = position as u32 * 7 % 90;
-            found.extend(feed(&mut model, &[token], position, 0)?);
-        }
-        logits.push(found);
-    }
-    ensure!(logits[0] == logits[1], "the numbers differ");
-    Ok(format!("{} logits", logits[0].len()))
 }
 
 /// The largest error of any case, prompt at once and then token by token.

@@ -77,7 +77,10 @@ impl Table {
             let value = report[key].as_str().with_context(|| format!("no {key}"));
             value.map(str::to_owned)
         };
-        let (model, device, cache) = (text("model")?, text("device")?, text("cache")?);
+        let (mut model, device, cache) = (text("model")?, text("device")?, text("cache")?);
+        if let Some(devices @ 2..) = report["devices"].as_u64() {
+            model += &format!(" on {devices} GPUs");
+        }
         for (list, name) in [(&mut self.devices, &device), (&mut self.models, &model)] {
             if !list.contains(name) {
                 list.push(name.clone());

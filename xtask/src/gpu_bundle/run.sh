@@ -25,7 +25,8 @@ anything failed.
 Variables:
   SHAPES     the benches' models, shape and bits per weight
              [tinyllama-1b:4.0 llama2-7b:4.0 llama3-8b:4.0 codellama-34b:4.0]
-  BENCH      what is measured of them: decode depth q4 load [all four]
+  BENCH      what is measured of them: decode depth q4 load split [the first four]; split compares
+             prompts of 2,048 to 8,192 tokens on one GPU and with the layers on all of them
   MODEL      a directory with a whole model, compared with the CPU on the bundle's text as well
   GOLDEN     the whole model's golden outputs (of SmolLM2-135M in EXL2 at 4.0 bits:
              fixtures/golden.json, where the bundle has it)
@@ -248,6 +249,16 @@ load() {
   rm -rf "$folder"
 }
 
+# Prompts on one GPU, then with the layers on all of them.
+split() {
+  local policy prompts="--prefill 2048,4096,8192 --batch 1 --decode 64"
+  for policy in fill balanced; do
+    # shellcheck disable=SC2086 # several words
+    step "split $1 $policy" measure "split $1 $policy" --synthetic "$1" --repeat "$repeat" \
+      $prompts --policy $policy
+  done
+}
+
 bench() {
   local shape kind
   for shape in $shapes; do
@@ -266,7 +277,8 @@ bench() {
             --repeat "$repeat" --batch 1 --prefill 2048 --depth 512,2048,8192,32768
           ;;
         load) load "$shape" ;;
-        *) row FAIL 0 "bench $shape" "unknown kind $kind: decode, depth, q4 or load" ;;
+        split) split "$shape" ;;
+        *) row FAIL 0 "bench $shape" "unknown kind $kind: decode, depth, q4, load or split" ;;
       esac
     done
   done

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use oxllama_backend::{Draw, PAGE_TOKENS};
-use oxllama_model::{Runner, StepPlan};
+use oxllama_model::{Runner, RunnerLimits, StepPlan};
 
 /// Sequences that decode together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,8 +71,13 @@ pub(super) fn decode(runner: &mut dyn Runner, case: DecodeCase) -> Result<f64> {
     Ok((sequences * tokens) as f64 / start.elapsed().as_secs_f64())
 }
 
-/// Brings `tokens` tokens of a sequence into its pages, in the largest steps that were planned
-/// for; the last `logit_rows` of them with logits.
+/// Tokens of a step that brings `tokens` tokens of one sequence into its pages, as an engine cuts
+/// a prompt.
+pub(super) fn chunk_tokens(limits: &RunnerLimits, tokens: usize) -> usize {
+    oxllama_model::chunk_tokens(tokens, limits.stages).min(limits.max_rows)
+}
+
+/// Brings `tokens` tokens of a sequence into its pages, the last `logit_rows` of them with logits.
 fn fill(
     runner: &mut dyn Runner,
     own: (usize, usize),
@@ -80,9 +85,9 @@ fn fill(
     logit_rows: usize,
 ) -> Result<()> {
     let mut step = StepPlan::default();
-    let max_rows = runner.limits().max_rows;
-    for first in (0..tokens).step_by(max_rows) {
-        let end = (first + max_rows).min(tokens);
+    let chunk = chunk_tokens(runner.limits(), tokens);
+    for first in (0..tokens).step_by(chunk) {
+        let end = (first + chunk).min(tokens);
         begin(&mut step, end);
         let logit_rows = if end == tokens { logit_rows } else { 0 };
         push_rows(&mut step, runner, own, first..end, logit_rows);

@@ -11,7 +11,7 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use oxllama_format::ModelSource;
 use oxllama_memory::Bytes;
-use oxllama_model::{Runner, inspect};
+use oxllama_model::{Runner, RunnerLimits, inspect};
 
 use crate::args::{BenchArgs, PlacementArgs};
 use crate::session::{self, Devices, Host, Opened, StepSize};
@@ -77,6 +77,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
     let report = Report {
         model: plan.memory.model.clone(),
         device: best.ceilings.device.clone(),
+        devices: plan.memory.devices.len(),
         threads: best.ceilings.threads,
         cache: plan.memory.cache.to_string(),
         synthetic: args.synthetic.is_some(),
@@ -87,7 +88,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<ExitCode> {
         arithmetic_tflops: best.ceilings.flops_per_s.map(|rate| rate / 1e12),
         draws_on_device: measure::draws_on_device(runner.as_ref()),
         decode: best.decode_reports(&cases, weight_bytes, kv_bytes),
-        prefill: best.prefill_reports(&cases, runner.limits().max_rows, flops),
+        prefill: best.prefill_reports(&cases, runner.limits(), flops),
     };
     report.print(args.json)?;
     Ok(ExitCode::SUCCESS)
@@ -255,20 +256,20 @@ impl Best {
             .collect()
     }
 
-    /// Each prefill with its share of the arithmetic, in steps of up to `max_rows` tokens.
+    /// Each prefill with its share of the arithmetic of all devices that work at a time.
     fn prefill_reports(
         &self,
         cases: &Cases,
-        max_rows: usize,
+        limits: &RunnerLimits,
         flops: impl Fn(usize) -> f64,
     ) -> Vec<Prefill> {
         let report = |(&tokens, &tokens_per_s): (&usize, &f64)| Prefill {
             tokens,
-            chunk_tokens: max_rows.min(tokens),
+            chunk_tokens: measure::chunk_tokens(limits, tokens).min(tokens),
             tokens_per_s,
             share: self.ceilings.flops_per_s.map(|ceiling| {
                 let prompts_per_s = tokens_per_s / tokens as f64;
-                flops(tokens) * prompts_per_s / ceiling
+                flops(tokens) * prompts_per_s / (ceiling * limits.stages as f64)
             }),
         };
         cases

@@ -10,7 +10,10 @@ use crate::output;
 #[derive(Serialize)]
 pub(super) struct Report {
     pub(super) model: String,
+    /// The first one, whose rates the ceilings are.
     pub(super) device: String,
+    /// Devices that the model's layers are on.
+    pub(super) devices: usize,
     /// Threads that compute; null where they are not the user's to choose.
     pub(super) threads: Option<usize>,
     pub(super) cache: String,
@@ -59,7 +62,7 @@ pub(super) struct Prefill {
     /// Most tokens of a step.
     pub(super) chunk_tokens: usize,
     pub(super) tokens_per_s: f64,
-    /// Of the measured arithmetic; null where nothing measures it.
+    /// Of the measured arithmetic of all devices that work at a time; null where nothing measures it.
     pub(super) share: Option<f64>,
 }
 
@@ -71,8 +74,12 @@ impl Report {
         let threads = self
             .threads
             .map_or_else(String::new, |threads| format!(", {threads} threads"));
+        let devices = match self.devices {
+            1 => String::new(),
+            devices => format!(" and {} more", devices - 1),
+        };
         output::line(format_args!(
-            "{} on {}{threads}, {} cache; device opened in {:.3} s, model loaded in {:.3} s",
+            "{} on {}{devices}{threads}, {} cache; device opened in {:.3} s, model loaded in {:.3} s",
             self.model, self.device, self.cache, self.open_s, self.load_s
         ))?;
         let arithmetic = self
