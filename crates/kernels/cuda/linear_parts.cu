@@ -12,13 +12,23 @@
 // The sums of a tile's part are left in memory; whichever warp is the last to have done one of a tile's parts
 // joins them in a fixed order.
 //
-// Launch: grid = 2^parts_shift * shares, a multiple; block = 32 * warps: 16, 12, 8 or 8 warps at most for up to
-// 8, 16, 24 and 32 rows; dynamic shared memory, with R rows up to the next multiple of 8, = warps *
+// Launch: grid = 2^parts_shift * shares, a multiple; block = 32 * warps: 12, 12, 8 and 12 warps at most for up to
+// 8, 16, 24 and 32 rows, the latter 8 for other compute capabilities than 9.0; dynamic shared memory, with R rows up to the next multiple of 8, = warps *
 // SLOTS * SLOT_BYTES + 64 * R * part_blocks + 8 * matrices * ranges of a part * range_blocks, and warps *
 // 128 * R for two ranges of a part, twice that for four.
 #include "units.cuh"
 
 namespace oxl {
+
+// For 25 to 32 rows: threads of a CTA, and partial sums that are loaded at once. As many as the compiler finds
+// registers for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int THREADS_OF_32 = 384;
+constexpr int LOADS_OF_32 = 4;
+#else
+constexpr int THREADS_OF_32 = 256;
+constexpr int LOADS_OF_32 = 8;
+#endif
 
 // What all warps of a CTA multiply of a matrix' tiles: units of all the part's ranges.
 __device__ __forceinline__ void load_part(const LinearArgs& args, int index, int first_range,
@@ -184,15 +194,16 @@ struct TileReporter {
                      [](float(&four)[4], float4* place) { __stcg(place, four_of(four)); });
     }
 
-    // So many parts' sums of the tile before: without a branch, so that many are loaded at once, but
-    // no more than there are registers for.
+    // So many parts' sums of the tile before: without a branch, so that several are loaded at once, but no
+    // more than there are registers for.
     template <int PARTS>
     __device__ __forceinline__ void join_parts(Sums<ROW_TILES>& sums) const {
+        constexpr int MOST_LOADS = ROW_TILES == 4 ? LOADS_OF_32 : 8;
         const float4* from = sums_of(written.item, 0);
 #pragma unroll
         for (int i = 0; i < Memory::FOURS; ++i) {
-            if (i * PARTS % 8 == 0) __syncwarp();
             set_four(sums[i / 2][i % 2], sum_pairs(PARTS, [&](int part) {
+                if ((i * PARTS + part) % MOST_LOADS == 0) __syncwarp();
                 return __ldcg(from + (part * Memory::FOURS + i) * WARP_LANES);
             }));
         }
@@ -334,7 +345,7 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
 }  // namespace oxl
 
 // Up to 8 rows, whose activations `oxl_linear_few` has no room for.
-extern "C" __global__ void __launch_bounds__(512, 1)
+extern "C" __global__ void __launch_bounds__(384, 1)
     oxl_linear_8(const __grid_constant__ LinearArgs args) {
     oxl::linear_parts<1>(args);
 }
@@ -349,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(256, 1)
     oxl::linear_parts<3>(args);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(oxl::THREADS_OF_32, 1)
     oxl_linear_32(const __grid_constant__ LinearArgs args) {
     oxl::linear_parts<4>(args);
 }

@@ -177,10 +177,10 @@ impl Plan {
 
     /// K in parts, whose activations and warps must fit into a multiprocessor.
     fn parts(&self, shape: LaunchShape, limits: Limits) -> Option<Division> {
-        // More rows take more registers.
+        // More rows take more registers, but for how the compiler happens to deal with them.
         let most_warps = match shape.rows.div_ceil(ROWS_OF_TILE) {
-            1 => 16,
-            2 => 12,
+            1 | 2 => 12,
+            4 if limits.is_hopper => 12,
             _ => 8,
         };
         [most_warps, 4, 1].into_iter().find_map(|warps| {
@@ -230,6 +230,8 @@ pub(crate) struct Limits {
     pub(crate) shared_bytes: usize,
     /// How many multiprocessors.
     pub(crate) multiprocessors: usize,
+    /// Whether kernels are compiled for compute capability 9.0.
+    pub(crate) is_hopper: bool,
 }
 
 impl Limits {
@@ -237,6 +239,7 @@ impl Limits {
         Self {
             shared_bytes: most_shared_bytes(gpu),
             multiprocessors: gpu.multiprocessors,
+            is_hopper: gpu.capability == (9, 0),
         }
     }
 }
@@ -285,6 +288,7 @@ mod tests {
             let limits = Limits {
                 shared_bytes,
                 multiprocessors: 100,
+                is_hopper: shared_bytes == SHARED_BYTES[2],
             };
             for blocks in [1, 2, 18, 64, 128, 344, 896, 1664] {
                 let plan = Plan::of(blocks, shared_bytes);
@@ -319,8 +323,9 @@ mod tests {
             Kind::Parts { parts, part_blocks } => {
                 assert!(parts.is_power_of_two() && parts <= plan.ranges);
                 assert!(plan.ranges / parts <= MOST_PART_RANGES);
-                assert!(division.rows <= 8 || division.warps <= 12);
-                assert!(division.rows <= 16 || division.warps <= 8);
+                assert!(division.warps <= 12);
+                assert!(division.rows <= 16 || division.rows > 24 || division.warps <= 8);
+                assert!(division.rows <= 24 || limits.is_hopper || division.warps <= 8);
                 for part in 0..parts {
                     let start = plan.blocks * part / parts;
                     let end = plan.blocks * (part + 1) / parts;
@@ -336,6 +341,7 @@ mod tests {
         let limits = Limits {
             shared_bytes: SHARED_BYTES[2],
             multiprocessors: 132,
+            is_hopper: true,
         };
         let division = |blocks, tiles, rows| {
             let plan = Plan::of(blocks, limits.shared_bytes);
@@ -352,12 +358,12 @@ mod tests {
         };
         assert_eq!(division(128, 384, 1), (1, 16, 0));
         assert_eq!(division(128, 384, 8), (8, 16, 0));
-        assert_eq!(division(344, 128, 8), (8, 16, 16));
+        assert_eq!(division(344, 128, 8), (8, 12, 8));
         assert_eq!(division(128, 384, 16), (16, 12, 4));
-        assert_eq!(division(128, 384, 32), (32, 8, 4));
-        assert_eq!(division(128, 128, 32), (32, 8, 8));
-        assert_eq!(division(344, 128, 32), (32, 8, 8));
-        assert_eq!(division(688, 256, 32), (32, 8, 16));
+        assert_eq!(division(128, 384, 32), (32, 12, 4));
+        assert_eq!(division(128, 128, 32), (32, 12, 8));
+        assert_eq!(division(344, 128, 32), (32, 12, 8));
+        assert_eq!(division(688, 256, 32), (32, 12, 16));
         assert_eq!(division(128, 384, 33), (17, 8, 4));
     }
 
@@ -366,6 +372,7 @@ mod tests {
         let limits = Limits {
             shared_bytes: SHARED_BYTES[2],
             multiprocessors: 132,
+            is_hopper: true,
         };
         let plan = Plan::of(65_535, limits.shared_bytes);
         assert!(!plan.can_be_divided(limits));
