@@ -105,7 +105,7 @@ pub(crate) struct Recordings<R = Recording> {
     room: Option<Reservation>,
     /// Bytes of a launch.
     node_bytes: usize,
-    by_key: HashMap<SequenceKey, Known<R>>,
+    by_key: HashMap<RecordingKey, Known<R>>,
     /// Launches of all recordings.
     launches: usize,
     /// Sequences that have run.
@@ -125,6 +125,14 @@ enum State<R> {
     RunOnce,
     Recorded { recording: R, launches: usize },
     NoRoom,
+}
+
+/// What a recording is found by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct RecordingKey {
+    pub(crate) sequence: SequenceKey,
+    /// Whether every sequence has one row in the step: attention is launched otherwise elsewhere.
+    pub(crate) is_one_row_each: bool,
 }
 
 /// What there is for a key.
@@ -166,7 +174,7 @@ impl<R> Recordings<R> {
     }
 
     /// What there is for the sequence of `key`, which is about to run.
-    pub(crate) fn find(&mut self, key: &SequenceKey) -> Found<'_, R> {
+    pub(crate) fn find(&mut self, key: &RecordingKey) -> Found<'_, R> {
         if self.most_launches() == 0 {
             return Found::NoRoom;
         }
@@ -184,11 +192,11 @@ impl<R> Recordings<R> {
 
     /// Takes note that the sequence of `key` has run. Recordings of buffers that have been
     /// replaced since are dropped.
-    pub(crate) fn note(&mut self, key: SequenceKey) {
+    pub(crate) fn note(&mut self, key: RecordingKey) {
         let is_full = self.by_key.len() >= MOST_KNOWN;
         self.by_key.retain(|other, known| {
             let is_recorded = matches!(known.state, State::Recorded { .. });
-            other.generation == key.generation && (is_recorded || !is_full)
+            other.sequence.generation == key.sequence.generation && (is_recorded || !is_full)
         });
         self.count();
         self.set(key, State::RunOnce);
@@ -217,7 +225,7 @@ impl<R> Recordings<R> {
     }
 
     /// Keeps the recording of `key`, for which [`Self::make_room`] has made room.
-    pub(crate) fn keep(&mut self, key: SequenceKey, recording: R, launches: usize) {
+    pub(crate) fn keep(&mut self, key: RecordingKey, recording: R, launches: usize) {
         let state = State::Recorded {
             recording,
             launches,
@@ -227,11 +235,11 @@ impl<R> Recordings<R> {
     }
 
     /// Takes note that there is no room for the recording of `key`.
-    pub(crate) fn give_up(&mut self, key: SequenceKey) {
+    pub(crate) fn give_up(&mut self, key: RecordingKey) {
         self.set(key, State::NoRoom);
     }
 
-    fn set(&mut self, key: SequenceKey, state: State<R>) {
+    fn set(&mut self, key: RecordingKey, state: State<R>) {
         let last_used = self.now;
         self.by_key.insert(key, Known { state, last_used });
     }
@@ -370,12 +378,15 @@ mod tests {
 
     const NODE: usize = 1000;
 
-    fn key(rows: usize, generation: u64) -> SequenceKey {
-        SequenceKey {
-            rows,
-            logit_rows: rows,
-            draws: DrawKinds::None,
-            generation,
+    fn key(rows: usize, generation: u64) -> RecordingKey {
+        RecordingKey {
+            sequence: SequenceKey {
+                rows,
+                logit_rows: rows,
+                draws: DrawKinds::None,
+                generation,
+            },
+            is_one_row_each: true,
         }
     }
 
@@ -391,7 +402,7 @@ mod tests {
     }
 
     /// Runs a sequence of so many launches; says whether it was replayed.
-    fn run(recordings: &mut Recordings<u32>, key: SequenceKey, launches: usize) -> bool {
+    fn run(recordings: &mut Recordings<u32>, key: RecordingKey, launches: usize) -> bool {
         let (has_run, is_refused) = match recordings.find(&key) {
             Found::Recording(_) => return true,
             found => (found == Found::RunOnce, found == Found::NoRoom),

@@ -10,7 +10,7 @@ use crate::attention::{AttentionScratch, Tile, scratch_bytes};
 use crate::buffer::CudaBuffer;
 use crate::device::CudaDevice;
 use crate::draw::{self, DrawScratch};
-use crate::graph::{self, Found, Recorded, Recorder, Recordings};
+use crate::graph::{self, Found, Recorded, Recorder, RecordingKey, Recordings};
 use crate::launch::Launch;
 use crate::linear::LinearScratch;
 use crate::stream::{Event, PinnedBuffer, Stream};
@@ -339,7 +339,7 @@ impl StepOps for CudaDevice {
         inputs.rows = batch.rows();
         inputs.is_decode = is_decode(batch);
         let tiles = &mut workspace.attention.tiles;
-        tiles.cut(batch.positions, batch.row_sequences);
+        tiles.cut(batch);
         workspace.draws.begin(batch);
         let batch = &if workspace.draws.is_empty() || batch.draws.is_empty() {
             StepBatch {
@@ -393,8 +393,12 @@ impl StepOps for CudaDevice {
         mut enqueue: impl FnMut(&mut CudaWorkspace) -> Result<(), E>,
     ) -> Result<(), E> {
         let is_recorded = workspace.inputs.is_decode && self.records_steps();
-        let Some(key) = key.filter(|_| is_recorded) else {
+        let Some(sequence) = key.filter(|_| is_recorded) else {
             return enqueue(workspace);
+        };
+        let key = RecordingKey {
+            sequence,
+            is_one_row_each: workspace.attention.tiles.is_one_row_each(),
         };
         match workspace.recordings.find(&key) {
             Found::Recording(recording) => Ok(recording.replay(self.stream())?),
@@ -430,7 +434,7 @@ impl CudaDevice {
     /// is no room for it.
     fn keep_recorded(
         &self,
-        key: SequenceKey,
+        key: RecordingKey,
         recorded: Recorded,
         workspace: &mut CudaWorkspace,
     ) -> Result<bool, DeviceError> {

@@ -25,9 +25,9 @@ struct AttendArgs {
     // fp16 [rows, heads, padded_head_dim]: normed, rotated, zeros from head_dim on.
     const __half* queries;
     // [pages, kv_heads] of the key format's blocks.
-    const uint8_t* key_pages;
+    uint8_t* key_pages;
     // [pages, kv_heads] of the value format's blocks.
-    const uint8_t* value_pages;
+    uint8_t* value_pages;
     // f32 [rows, heads, head_dim]
     float* out;
     // f32 [partial_rows, heads, most_pieces, padded_head_dim]: pieces' parts of the result.
@@ -36,14 +36,11 @@ struct AttendArgs {
     float* partial_state;
     // i32 [tiles, kv_heads * head_tiles]: blocks that have finished; zero between launches.
     int32_t* counters;
-    // u32 [tiles, 4]: first row, rows, first partial row, tokens of the sequence that earlier
-    // steps have stored. Rows of a tile belong to one sequence, and their positions follow each
-    // other.
+    // u32 [tiles, 8]: first row, rows, first partial row, tokens of the sequence that earlier
+    // steps have stored; the first row's position, the sequence, its first page, and the page of
+    // the first row's position. Rows of a tile belong to one sequence, and their positions follow
+    // each other.
     const uint4* tiles;
-    // u32 [rows]
-    const uint32_t* positions;
-    // u32 [rows]
-    const uint32_t* row_sequences;
     // u32 [sequences, table_stride]
     const uint32_t* page_tables;
     // Score in units of log2 e: product * score_factor, or, where cap_factor is not zero,
@@ -58,12 +55,16 @@ struct AttendArgs {
     // Query heads of a kv head that one block takes, and blocks that take all of them.
     int32_t heads_per_tile;
     int32_t head_tiles;
+    // Query heads of a kv head.
+    int32_t group;
+    // 65,536 / heads_per_tile, rounded up.
+    int32_t inverse_heads;
     int32_t key_format;
     int32_t value_format;
     int32_t table_stride;
     // Extent of the partial results.
     int32_t most_pieces;
-    // Slots of the ring of tiles in shared memory, and bytes of each.
+    // Stages of keys and values in shared memory, and bytes of each.
     int32_t slots;
     int32_t slot_bytes;
 };
@@ -202,10 +203,10 @@ __device__ __forceinline__ float fold(float kept, float part, FoldFactors factor
 
 // --- The rows of a tile. ---
 //
-// The step's inputs (step.cu), and what earlier steps have stored in pages, are read before
-// `dependency_wait`: `oxl_cache` comes before, and lets the next kernel start only after its own
-// wait, when all that was enqueued before it is done. What it stores itself is read after the
-// wait. (Through the second-level cache: the first may hold what was there before.)
+// The step's inputs, and what earlier steps have stored in pages, are read before
+// `dependency_wait`: `oxl_begin_step` lets the kernels after it start only when it has written the
+// inputs, which is after all earlier steps. What this step stores is read after the wait.
+// (Through the second-level cache: the first may hold what was there before.)
 
 // Up to 16 or 64 query heads of rows of one sequence, all over one kv head. Query head m of the
 // tile is head m % heads_per_tile of row m / heads_per_tile.
@@ -219,31 +220,46 @@ struct Queries {
     int first_head;
     int heads;
     int first_position;
+    // The sequence's pages: its first, that of `first_position`, and where all are.
+    uint32_t first_page;
+    uint32_t home_page;
     const uint32_t* page_table;
 
     __device__ __forceinline__ Queries(const AttendArgs& args, int index, int head_index) {
-        const uint4 tile = __ldcg(args.tiles + index);
+        const uint4 tile = __ldcg(args.tiles + 2 * index);
+        const uint4 place = __ldcg(args.tiles + 2 * index + 1);
+        // Divided only where several blocks take the query heads of a kv head.
+        int first_of_group = 0;
+        kv_head = head_index;
+        if (args.head_tiles > 1) {
+            kv_head = head_index / args.head_tiles;
+            first_of_group = (head_index - kv_head * args.head_tiles) * args.heads_per_tile;
+        }
+        first_head = kv_head * args.group + first_of_group;
+        heads = min(args.heads_per_tile, args.group - first_of_group);
         first_row = int(tile.x);
         rows = int(tile.y);
         partial_row = int(tile.z);
         old_tokens = int(tile.w);
-        kv_head = head_index / args.head_tiles;
-        const int group = args.heads / args.kv_heads;
-        const int first_of_group = head_index % args.head_tiles * args.heads_per_tile;
-        first_head = kv_head * group + first_of_group;
-        heads = min(args.heads_per_tile, group - first_of_group);
-        first_position = int(__ldcg(args.positions + first_row));
-        const int64_t sequence = __ldcg(args.row_sequences + first_row);
-        page_table = args.page_tables + sequence * args.table_stride;
+        first_position = int(place.x);
+        first_page = place.z;
+        home_page = place.w;
+        page_table = args.page_tables + int64_t(place.y) * args.table_stride;
     }
 
-    // The row, counted from the tile's first, of query head m.
+    // The page of the tokens from PAGE_TOKENS * index on.
+    __device__ __forceinline__ uint32_t page(int index) const {
+        if (index == first_position / PAGE_TOKENS) return home_page;
+        return index == 0 ? first_page : __ldcg(page_table + index);
+    }
+
+    // The row, counted from the tile's first, of query head m; exact for all m of a tile.
     __device__ __forceinline__ int row(const AttendArgs& args, int m) const {
-        return m / args.heads_per_tile;
+        return m * args.inverse_heads >> 16;
     }
 
     __device__ __forceinline__ int head(const AttendArgs& args, int m) const {
-        return m % args.heads_per_tile;
+        return m - row(args, m) * args.heads_per_tile;
     }
 
     __device__ __forceinline__ bool has(const AttendArgs& args, int m) const {
@@ -271,7 +287,9 @@ struct Span {
     int first_token;
     int end_token;
     int last_tile;
+    // A power of two, and which.
     int piece_tiles;
+    int piece_shift;
     int first_piece;
     int last_piece;
 
@@ -281,10 +299,11 @@ struct Span {
         last_tile = (end_token - 1) / TILE;
         // The same for all rows of a tile: the host cuts them where the rule changes.
         const int tokens = queries.first_position + 1 - first_token;
-        piece_tiles = 1;
-        while (piece_tiles * TILE * MOST_PIECES < tokens) piece_tiles *= 4;
-        first_piece = first_token / TILE / piece_tiles;
-        last_piece = last_tile / piece_tiles;
+        piece_shift = 0;
+        while (TILE * MOST_PIECES << piece_shift < tokens) piece_shift += 2;
+        piece_tiles = 1 << piece_shift;
+        first_piece = first_token / TILE >> piece_shift;
+        last_piece = last_tile >> piece_shift;
     }
 
     __device__ __forceinline__ int first_tile_of(int piece) const {
@@ -308,13 +327,16 @@ struct LaneStates {
     RowState rows[2];
 };
 
-// Adds the tile's parts of 16 dimensions, sum over tokens of weight * value, to what is kept.
+// Adds the tile's parts of 16 dimensions, sum over tokens of weight * value, to what is kept. No
+// row sees tokens past the first `quarters` 16: their weights are zeros, which add nothing.
 __device__ __forceinline__ void fold_values(float (&kept)[2][4], const uint32_t (&weights)[4][4],
                                             const __half* values, int stride, int dimension,
-                                            const FoldFactors (&factors)[2], int lane) {
+                                            int quarters, const FoldFactors (&factors)[2],
+                                            int lane) {
     float part[2][4] = {};
 #pragma unroll
     for (int step = 0; step < TILE / 16; ++step) {
+        if (step >= quarters) break;
         uint32_t b[4];
         load_values(b, values, stride, step * 16, dimension, lane);
         multiply_add(part[0], weights[step], b[0], b[1]);
@@ -329,10 +351,12 @@ __device__ __forceinline__ void fold_values(float (&kept)[2][4], const uint32_t 
 
 // The sums of the rows' weights: products with ones, in the order of the values' sums.
 __device__ __forceinline__ void sum_weights(RowState (&part)[2],
-                                            const uint32_t (&weights)[4][4]) {
+                                            const uint32_t (&weights)[4][4], int quarters) {
     float sums[4] = {};
 #pragma unroll
-    for (int step = 0; step < TILE / 16; ++step) multiply_add(sums, weights[step], ONES, ONES);
+    for (int step = 0; step < TILE / 16; ++step) {
+        if (step < quarters) multiply_add(sums, weights[step], ONES, ONES);
+    }
     part[0].sum = sums[0];
     part[1].sum = sums[2];
 }
@@ -347,13 +371,17 @@ __device__ __forceinline__ float largest_of_row(float x) {
 // the position of the first of the lane's two columns.
 __device__ __forceinline__ void products_to_scores(float (&s)[4], const AttendArgs& args, int token,
                                                    const int (&positions)[2],
-                                                   const int (&firsts)[2], bool is_masked) {
+                                                   const int (&firsts)[2]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[i] = __fmul_rn(s[i], args.score_factor);
+    if (args.cap_factor != 0.0f) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[i] = capped_score(s[i], args.cap_factor);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const float score = score_of(s[i], args.score_factor, args.cap_factor);
         const int at = token + i % 2;
-        const bool is_seen = !is_masked || (at <= positions[i / 2] && at >= firsts[i / 2]);
-        s[i] = is_seen ? score : minus_infinity();
+        if (at > positions[i / 2] || at < firsts[i / 2]) s[i] = minus_infinity();
     }
 }
 
@@ -380,212 +408,5 @@ __device__ __forceinline__ void copies_wait(int pending) {
         default: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
     }
 }
-
-// The keys or the values of one kv head: where they are, and how they become tiles of fp16
-// [TILE, D + PADDING].
-template <int D>
-struct TileSource {
-    static constexpr int STRIDE = D + PADDING;
-    // Eight elements.
-    static constexpr int UNITS = D / 8;
-
-    const uint8_t* pages;
-    HeadLayout layout;
-    int kv_heads;
-    int kv_head;
-
-    // Whether pages hold the tile as it is wanted, but for the padding.
-    __device__ __forceinline__ bool is_direct() const {
-        return layout.format == FORMAT_F16 && layout.head_dim % 8 == 0;
-    }
-
-    // Starts copying a tile of the sequence to a slot: rows of fp16, or the page's own bytes.
-    __device__ __forceinline__ void copy(uint8_t* slot, uint32_t page, const Span& span,
-                                         int tile) const {
-        const int token = tile * TILE;
-        const uint8_t* block = head_page(pages, layout, kv_heads, page, kv_head);
-        const int token_in_page = token % PAGE_TOKENS;
-        const int vector_bytes = layout.vector_bytes();
-        const uint8_t* from = block + token_in_page * vector_bytes;
-        const uint32_t to = shared_address(slot);
-        const int first = span.first_token - token;
-        const int end = min(TILE, span.end_token - token);
-        if (is_direct()) {
-#pragma unroll 4
-            for (int index = threadIdx.x; index < TILE * UNITS; index += ATTEND_THREADS) {
-                const int row = index / UNITS;
-                const int unit = index % UNITS;
-                const bool is_read = row >= first && row < end && unit * 8 < layout.head_dim;
-                copy_async(to + (row * STRIDE + unit * 8) * 2,
-                           is_read ? from + row * vector_bytes + unit * 16 : from, is_read);
-            }
-            return;
-        }
-        // A page's blocks and every TILE-th vector in them start at multiples of 16 bytes.
-#pragma unroll 2
-        for (int at = threadIdx.x * 16; at < end * vector_bytes; at += ATTEND_THREADS * 16) {
-            copy_async(to + at, from + at, true);
-        }
-        const int scale_bytes = layout.scale_bytes();
-        const uint8_t* scales =
-            block + PAGE_TOKENS * vector_bytes + token_in_page * scale_bytes;
-#pragma unroll 1
-        for (int at = threadIdx.x * 16; at < end * scale_bytes; at += ATTEND_THREADS * 16) {
-            copy_async(to + TILE * vector_bytes + at, scales + at, true);
-        }
-    }
-
-    // Makes rows of fp16 of a slot's bytes; zeros where no row of the tile sees the token.
-    __device__ __forceinline__ void decode(const uint8_t* slot, __half* rows, const Span& span,
-                                           int tile) const {
-        const int first = span.first_token - tile * TILE;
-        const int end = span.end_token - tile * TILE;
-        const int vector_bytes = layout.vector_bytes();
-        const int scale_bytes = layout.scale_bytes();
-        const uint8_t* scales = slot + TILE * vector_bytes;
-        const auto decode_units = [&](auto decode_unit) {
-#pragma unroll 4
-            for (int index = threadIdx.x; index < TILE * UNITS; index += ATTEND_THREADS) {
-                const int row = index / UNITS;
-                const int unit = index % UNITS;
-                uint4 elements = {0, 0, 0, 0};
-                if (row >= first && row < end && unit * 8 < layout.head_dim) {
-                    elements = decode_unit(slot + row * vector_bytes, row, unit);
-                }
-                *reinterpret_cast<uint4*>(rows + row * STRIDE + unit * 8) = elements;
-            }
-        };
-        const auto scale = [&](int row, int unit) {
-            return reinterpret_cast<const __half*>(scales + row * scale_bytes)[unit / 4];
-        };
-        if (layout.format == FORMAT_Q4) {
-            decode_units([&](const uint8_t* vector, int row, int unit) {
-                const uint32_t word = reinterpret_cast<const uint32_t*>(vector)[unit];
-                return decode_q4(word, scale(row, unit));
-            });
-            return;
-        }
-        if (layout.format == FORMAT_Q8) {
-            decode_units([&](const uint8_t* vector, int row, int unit) {
-                const uint2 words = reinterpret_cast<const uint2*>(vector)[unit];
-                return decode_q8(words, scale(row, unit));
-            });
-            return;
-        }
-        // fp16 heads of an even number of dimensions that is not a multiple of 8.
-#pragma unroll 1
-        for (int index = threadIdx.x; index < TILE * D / 2; index += ATTEND_THREADS) {
-            const int row = index / (D / 2);
-            const int pair = index % (D / 2);
-            const bool is_seen = row >= first && row < end && pair * 2 < layout.head_dim;
-            const uint8_t* vector = slot + row * vector_bytes;
-            reinterpret_cast<uint32_t*>(rows + row * STRIDE)[pair] =
-                is_seen ? reinterpret_cast<const uint32_t*>(vector)[pair] : 0;
-        }
-    }
-};
-
-// The stream of tiles that a block works through: keys and values of every tile of its pieces,
-// in a ring of slots that is filled ahead.
-template <int D>
-struct TileRing {
-    TileSource<D> keys;
-    TileSource<D> values;
-    uint8_t* slots;
-    // fp16 [TILE, D + PADDING], where a format is decoded.
-    __half* decoded;
-    int slot_count;
-    int slot_bytes;
-    // The next slot to fill, and the next to use.
-    int fill_slot;
-    int use_slot;
-    // What is copied next; past the last piece nothing is.
-    int piece;
-    int tile;
-    int piece_step;
-    bool is_values;
-    // The page that was looked up last, and which of the sequence's it is.
-    int page_index;
-    uint32_t page;
-
-    __device__ __forceinline__ TileRing(const AttendArgs& args, const Queries& queries,
-                                        const Span& span, uint8_t* shared, int first_piece,
-                                        int step)
-        : keys{args.key_pages, {args.key_format, args.head_dim}, args.kv_heads, queries.kv_head},
-          values{args.value_pages,
-                 {args.value_format, args.head_dim},
-                 args.kv_heads,
-                 queries.kv_head} {
-        const bool needs_decoded = !(keys.is_direct() && values.is_direct());
-        decoded = reinterpret_cast<__half*>(shared);
-        slots = shared + (needs_decoded ? TILE * TileSource<D>::STRIDE * 2 : 0);
-        slot_count = args.slots;
-        slot_bytes = args.slot_bytes;
-        fill_slot = 0;
-        use_slot = 0;
-        piece = first_piece;
-        piece_step = step;
-        is_values = false;
-        page_index = -1;
-        page = 0;
-        tile = span.first_tile_of(piece);
-    }
-
-    // Fills all slots but one, before and after the wait for what this step stores.
-    __device__ __forceinline__ void start(const Queries& queries, const Span& span) {
-        bool has_waited = false;
-        for (int ahead = 1; ahead <= slot_count; ++ahead) {
-            if (!has_waited && (ahead == slot_count || (tile + 1) * TILE > queries.old_tokens)) {
-                dependency_wait();
-                dependency_trigger();
-                has_waited = true;
-            }
-            if (ahead < slot_count) fill(queries, span);
-        }
-    }
-
-    __device__ __forceinline__ void fill(const Queries& queries, const Span& span) {
-        if (piece <= span.last_piece) {
-            if (page_index != tile * TILE / PAGE_TOKENS) {
-                page_index = tile * TILE / PAGE_TOKENS;
-                page = __ldcg(queries.page_table + page_index);
-            }
-            const TileSource<D> source = is_values ? values : keys;
-            source.copy(slots + fill_slot * slot_bytes, page, span, tile);
-            if (is_values && ++tile > span.last_tile_of(piece)) {
-                piece += piece_step;
-                tile = span.first_tile_of(piece);
-            }
-            is_values = !is_values;
-        }
-        // Groups are counted, so there is one even where there is nothing to copy.
-        copies_commit();
-        fill_slot = fill_slot + 1 == slot_count ? 0 : fill_slot + 1;
-    }
-
-    // The next tile as fp16 [TILE, D + PADDING], keys and values in turn; valid until the next
-    // call. All threads of the block call it together: it separates what they did before from
-    // what they do after.
-    __device__ __forceinline__ const __half* next(const Queries& queries, const Span& span,
-                                                  const TileSource<D>& source, int tile_in_use) {
-        if (slot_count > 1) {
-            copies_wait(slot_count - 2);
-            __syncthreads();
-            // The slot that was used last is free now.
-            fill(queries, span);
-        } else {
-            __syncthreads();
-            fill(queries, span);
-            copies_wait(0);
-            __syncthreads();
-        }
-        uint8_t* slot = slots + use_slot * slot_bytes;
-        use_slot = use_slot + 1 == slot_count ? 0 : use_slot + 1;
-        if (source.is_direct()) return reinterpret_cast<const __half*>(slot);
-        source.decode(slot, decoded, span, tile_in_use);
-        __syncthreads();
-        return decoded;
-    }
-};
 
 }  // namespace oxl

@@ -163,7 +163,7 @@ struct WalkWarp {
                 weights[step][i] = weights_of(four[2 * half], four[2 * half + 1], bases[half]);
             }
         }
-        sum_weights(part, weights);
+        sum_weights(part, weights, TILE / 16);
     }
 
     // The weights of a tile, and what its parts of the result are folded with.
@@ -322,7 +322,7 @@ struct WalkTiles {
 
     __device__ __forceinline__ void look_up(int tile) {
         const int index = min(tile, block.span.last_tile) * TILE / PAGE_TOKENS;
-        page = __ldcg(block.queries.page_table + index);
+        page = block.queries.page(index);
     }
 
     // Starts copying keys and values of a tile, and looks up the next one's page.

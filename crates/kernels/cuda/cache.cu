@@ -3,12 +3,7 @@
 // Bytes: queries, keys and values are read once (f32), fp16 queries and the stored vectors
 // written once: well under a megabyte for 64 rows, so the kernel costs its launch in decode.
 // One warp a head of a row; lane i holds elements i, i + 32, ... of the head.
-#include "pages.cuh"
-#include "rows.cuh"
-
-// How elements form pairs: 2 is interleaved.
-constexpr int32_t ROPE_NONE = 0;
-constexpr int32_t ROPE_HALVES = 1;
+#include "heads.cuh"
 
 struct CacheArgs {
     // f32 [rows, heads, head_dim]; overwritten with what attention needs where `queries_f16` is
@@ -62,63 +57,6 @@ constexpr int WARPS = 4;
 constexpr int MOST_HEAD_DIM = 256;
 constexpr int PARTS = MOST_HEAD_DIM / GROUP;
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) {
-        x += __shfl_xor_sync(0xffffffffu, x, distance);
-    }
-    return x;
-}
-
-__device__ __forceinline__ void normalize(float (&x)[PARTS], int32_t kind, const float* weight,
-                                          float epsilon, int head_dim, int lane) {
-    float mean = 0.0f;
-    if (kind == NORM_LAYER) {
-        // Elements past head_dim are zero.
-        float sum = 0.0f;
-#pragma unroll
-        for (int part = 0; part < PARTS; ++part) sum += x[part];
-        mean = warp_sum(sum) / float(head_dim);
-    }
-    float squares = 0.0f;
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-        const float difference = x[part] - mean;
-        if (part * GROUP + lane < head_dim) squares += difference * difference;
-    }
-    const float scale = 1.0f / sqrtf(warp_sum(squares) / float(head_dim) + epsilon);
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-        const int element = part * GROUP + lane;
-        if (element < head_dim) x[part] = (x[part] - mean) * scale * weight[element];
-    }
-}
-
-// Rotates the pairs of a head by the row's angles; `head` is shared memory of the warp's own.
-__device__ __forceinline__ void rotate_pairs(float (&x)[PARTS], float* head, const CacheArgs& args,
-                                             int row, int lane) {
-    const int pairs = args.rope_pairs;
-    const float* cosines = args.angles + int64_t(row) * 2 * args.angle_pairs;
-    const float* sines = cosines + args.angle_pairs;
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) head[part * GROUP + lane] = x[part];
-    __syncwarp();
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) {
-        const int element = part * GROUP + lane;
-        if (element < 2 * pairs) {
-            const bool halves = args.rope_style == ROPE_HALVES;
-            const bool is_first = halves ? element < pairs : element % 2 == 0;
-            const int pair = halves ? (is_first ? element : element - pairs) : element / 2;
-            const int distance = halves ? pairs : 1;
-            const float other = head[is_first ? element + distance : element - distance];
-            const float along = __fmul_rn(x[part], cosines[pair]);
-            const float across = __fmul_rn(other, sines[pair]);
-            x[part] = is_first ? __fsub_rn(along, across) : __fadd_rn(along, across);
-        }
-    }
-}
-
 }  // namespace
 
 // Grid: a warp for each of rows * (heads + 2 * kv_heads) heads; 128 threads.
@@ -142,7 +80,12 @@ oxl_cache(const __grid_constant__ CacheArgs args) {
     const int position = int(__ldcg(args.positions + row));
     const int64_t table = int64_t(__ldcg(args.row_sequences + row)) * args.table_stride;
     const uint32_t page = __ldcg(args.page_tables + table + position / PAGE_TOKENS);
-    // In this order: attention's kernels rely on it (attention.cuh).
+    RowAngles<PARTS> angles;
+    const RopePairs rope = {args.rope_style, args.rope_pairs};
+    if (args.rope_style != ROPE_NONE && (is_query || is_key)) {
+        const float* of_row = args.angles + int64_t(row) * 2 * args.angle_pairs;
+        angles.load(of_row, args.angle_pairs, rope, lane);
+    }
     dependency_wait();
     dependency_trigger();
     if (!has_task) return;
@@ -158,14 +101,19 @@ oxl_cache(const __grid_constant__ CacheArgs args) {
         x[part] = element < head_dim ? source[element] : 0.0f;
     }
     if (is_query || is_key) {
-        const float* weight = is_query ? args.query_weight : args.key_weight;
-        if (weight != nullptr) {
-            const int32_t norm = is_query ? args.query_norm : args.key_norm;
-            const float epsilon = is_query ? args.query_epsilon : args.key_epsilon;
-            normalize(x, norm, weight + head * head_dim, epsilon, head_dim, lane);
+        const float* weights = is_query ? args.query_weight : args.key_weight;
+        if (weights != nullptr) {
+            const HeadNorm norm = {weights + head * head_dim,
+                                   is_query ? args.query_epsilon : args.key_epsilon,
+                                   is_query ? args.query_norm : args.key_norm};
+            normalize(x, norm, head_dim, lane);
         }
         if (args.rope_style != ROPE_NONE) {
-            rotate_pairs(x, heads_of_warps[warp], args, row, lane);
+            float* shared = heads_of_warps[warp];
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) shared[part * GROUP + lane] = x[part];
+            __syncwarp();
+            rotate_pairs(x, shared, angles, rope, lane);
         }
     }
     const HeadLayout layout = {is_query || is_key ? args.key_format : args.value_format, head_dim};
@@ -184,11 +132,7 @@ oxl_cache(const __grid_constant__ CacheArgs args) {
             } else if (element < args.padded_head_dim) {
                 const int64_t to =
                     (int64_t(row) * args.heads + head) * args.padded_head_dim + element;
-                // Not a number stays none.
-                const float limited = x[part] > 65504.0f    ? 65504.0f
-                                      : x[part] < -65504.0f ? -65504.0f
-                                                            : x[part];
-                args.queries_f16[to] = __float2half_rn(limited);
+                args.queries_f16[to] = limited_half(x[part]);
             }
         }
         return;
@@ -202,6 +146,6 @@ oxl_cache(const __grid_constant__ CacheArgs args) {
 #pragma unroll 1
     for (int part = 0; part * GROUP < head_dim; ++part) {
         const float element = heads_of_warps[warp][part * GROUP + lane];
-        store_group(block, layout, position % PAGE_TOKENS, part, element, lane);
+        store_group(block, layout, position % PAGE_TOKENS, part, element, lane, true);
     }
 }

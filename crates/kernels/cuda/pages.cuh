@@ -93,24 +93,26 @@ __device__ __forceinline__ EncodedElement encode_group(float x, float half_range
     return encoded;
 }
 
-// Keeps the elements GROUP * part .. of a vector as the head page's `token`: lane i holds
-// element GROUP * part + i, already rotated where the format is quantised. All lanes take part.
-__device__ __forceinline__ void store_group(uint8_t* page, HeadLayout layout, int token, int part,
-                                            float x, int lane) {
+// Keeps the elements GROUP * part .. of a vector as the head page's `token`, if it is to be kept:
+// lane i holds element GROUP * part + i, already rotated where the format is quantised. All lanes
+// take part. Returns what a reader will decode; in f32, nothing.
+__device__ __forceinline__ __half store_group(uint8_t* page, HeadLayout layout, int token,
+                                              int part, float x, int lane, bool is_kept) {
     const int element = part * GROUP + lane;
     uint8_t* vector = page + token * layout.vector_bytes();
+    const bool is_there = is_kept && element < layout.head_dim;
     if (layout.format == FORMAT_F32) {
-        if (element < layout.head_dim) reinterpret_cast<float*>(vector)[element] = x;
-        return;
+        if (is_there) reinterpret_cast<float*>(vector)[element] = x;
+        return __half();
     }
     if (layout.format == FORMAT_F16) {
-        if (element < layout.head_dim) {
-            reinterpret_cast<__half*>(vector)[element] = __float2half_rn(x);
-        }
-        return;
+        const __half stored = __float2half_rn(x);
+        if (is_there) reinterpret_cast<__half*>(vector)[element] = stored;
+        return stored;
     }
     const bool is_q8 = layout.format == FORMAT_Q8;
-    const EncodedElement encoded = encode_group(x, is_q8 ? 128.0f : 8.0f);
+    const float half_range = is_q8 ? 128.0f : 8.0f;
+    const EncodedElement encoded = encode_group(x, half_range);
     // Four or eight neighbours' codes make a word.
     const int neighbours = is_q8 ? 4 : 8;
     const int bits = is_q8 ? 8 : 4;
@@ -118,14 +120,16 @@ __device__ __forceinline__ void store_group(uint8_t* page, HeadLayout layout, in
     word |= __shfl_xor_sync(0xffffffffu, word, 1);
     word |= __shfl_xor_sync(0xffffffffu, word, 2);
     const uint32_t eight = word | __shfl_xor_sync(0xffffffffu, word, 4);
-    if (lane % neighbours == 0) {
+    if (is_kept && lane % neighbours == 0) {
         const int index = element / neighbours;
         reinterpret_cast<uint32_t*>(vector)[index] = is_q8 ? word : eight;
     }
-    if (lane == 0) {
+    if (is_kept && lane == 0) {
         uint8_t* scales = page + PAGE_TOKENS * layout.vector_bytes();
         reinterpret_cast<__half*>(scales + token * layout.scale_bytes())[part] = encoded.scale;
     }
+    // As `scaled_pair` rounds.
+    return __hmul(__float2half_rn(float(encoded.code) - half_range), encoded.scale);
 }
 
 // Eight codes with their scale as eight fp16 numbers in their order: code times scale, rounded

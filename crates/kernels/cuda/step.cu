@@ -16,7 +16,7 @@ constexpr int MOST_ROPES = 4;
 
 struct BeginStepArgs {
     // u32: [rows] token ids, [rows] positions, [rows] sequences, [logit_rows] rows whose logits
-    // are wanted, [sequences, pages] page tables, [rows, 4] attention's tiles.
+    // are wanted, [sequences, pages] page tables, [rows, 8] attention's tiles.
     const uint32_t* packed;
     uint32_t* token_ids;
     uint32_t* positions;
@@ -24,7 +24,7 @@ struct BeginStepArgs {
     uint32_t* logit_rows;
     // [sequences, table_stride]
     uint32_t* page_tables;
-    // [rows, 4]
+    // [rows, 8]
     uint32_t* tiles;
     // f32 [ropes, angle_rows, 2, angle_pairs]: cosines, then sines.
     float* angles;
@@ -54,8 +54,8 @@ __device__ __forceinline__ void begin_step(const BeginStepArgs& args) {
     }
     if (index >= args.rows) return;
     const uint32_t* tiles = tables + int64_t(args.sequences) * args.pages;
-    if (threadIdx.x < 4) {
-        args.tiles[4 * index + threadIdx.x] = tiles[4 * index + threadIdx.x];
+    if (threadIdx.x < 8) {
+        args.tiles[8 * index + threadIdx.x] = tiles[8 * index + threadIdx.x];
     }
     const uint32_t position = positions[index];
     if (threadIdx.x == 0) {

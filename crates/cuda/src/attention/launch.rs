@@ -55,8 +55,6 @@ pub(super) struct AttendArgs {
     pub(super) partial_state: CUdeviceptr,
     pub(super) counters: CUdeviceptr,
     pub(super) tiles: CUdeviceptr,
-    pub(super) positions: CUdeviceptr,
-    pub(super) row_sequences: CUdeviceptr,
     pub(super) page_tables: CUdeviceptr,
     pub(super) score_factor: f32,
     pub(super) cap_factor: f32,
@@ -66,12 +64,44 @@ pub(super) struct AttendArgs {
     pub(super) head_dim: i32,
     pub(super) heads_per_tile: i32,
     pub(super) head_tiles: i32,
+    pub(super) group: i32,
+    pub(super) inverse_heads: i32,
     pub(super) key_format: i32,
     pub(super) value_format: i32,
     pub(super) table_stride: i32,
     pub(super) most_pieces: i32,
     pub(super) slots: i32,
     pub(super) slot_bytes: i32,
+}
+
+/// `StepHeads` of `split.cuh`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct StepHeads {
+    pub(super) queries: CUdeviceptr,
+    pub(super) keys: CUdeviceptr,
+    pub(super) values: CUdeviceptr,
+    pub(super) query_weight: CUdeviceptr,
+    pub(super) key_weight: CUdeviceptr,
+    pub(super) angles: CUdeviceptr,
+    pub(super) query_epsilon: f32,
+    pub(super) key_epsilon: f32,
+    pub(super) query_norm: i32,
+    pub(super) key_norm: i32,
+    pub(super) rope_style: i32,
+    pub(super) rope_pairs: i32,
+    pub(super) angle_pairs: i32,
+    pub(super) is_fresh: i32,
+}
+
+/// `AttendSplitArgs` of `split.cuh`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct AttendSplitArgs {
+    pub(super) attend: AttendArgs,
+    pub(super) heads: StepHeads,
+    pub(super) staging_at: i32,
+    pub(super) tiles_at: i32,
 }
 
 /// `AttendExactArgs` of `attention_exact.cu`.
@@ -145,12 +175,17 @@ impl HeadTiles {
             head_tiles: group.div_ceil(heads_per_tile),
         }
     }
+
+    /// `AttendArgs::inverse_heads`.
+    pub(super) fn inverse(self) -> usize {
+        (1_usize << 16).div_ceil(self.heads_per_tile)
+    }
 }
 
-/// A block's shared memory: a ring of slots behind what else it keeps there.
+/// A block's shared memory: a ring of stages behind what else it keeps there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Ring {
-    /// Tiles that are on their way or in use.
+    /// Tiles of keys and values that are on their way or in use.
     pub(super) slots: usize,
     /// Bytes of each.
     pub(super) slot_bytes: usize,
@@ -158,8 +193,8 @@ pub(super) struct Ring {
     pub(super) shared_bytes: usize,
 }
 
-/// Most slots of a ring: `copies_wait` in `attention.cuh` counts so far.
-const MOST_SLOTS: usize = 6;
+/// Most stages of a ring: more tiles than a block takes on alone need not be on their way.
+const MOST_SLOTS: usize = 4;
 
 /// What the driver keeps of a multiprocessor's shared memory for each block.
 const RESERVED_SHARED_BYTES: usize = 1024;
@@ -168,7 +203,9 @@ const RESERVED_SHARED_BYTES: usize = 1024;
 const PADDING: usize = 8;
 
 /// `SplitShared` of `attention_split.cu`.
-const SPLIT_SHARED_BYTES: usize = 2_688;
+fn split_shared_bytes(padded_head_dim: usize) -> usize {
+    384 + 4 * padded_head_dim
+}
 
 /// Blocks of the splitting kernel that a multiprocessor is to hold.
 const SPLIT_BLOCKS: usize = 3;
@@ -181,23 +218,49 @@ fn tile_bytes(padded_head_dim: usize) -> usize {
     TILE_TOKENS * (padded_head_dim + PADDING) * 2
 }
 
-/// Whether a tile is used as it lies in a page; otherwise it is decoded to another place.
-fn is_direct(layout: HeadLayout) -> bool {
-    layout.format == ElementFormat::F16 && layout.head_dim.is_multiple_of(8)
+/// Whether tiles are used as they lie in pages; otherwise they are decoded to another place.
+pub(super) fn is_direct(shape: &CacheShape) -> bool {
+    [shape.key_layout(), shape.value_layout()]
+        .into_iter()
+        .all(|layout| layout.format == ElementFormat::F16 && layout.head_dim.is_multiple_of(8))
+}
+
+/// A block of the splitting kernel's shared memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct SplitMemory {
+    /// Where the step's heads lie as they come, in bytes from its start.
+    pub(super) staging_at: usize,
+    /// Where tiles lie.
+    pub(super) tiles_at: usize,
+    pub(super) ring: Ring,
+}
+
+impl SplitMemory {
+    /// For blocks of `heads` query heads of one row that they prepare themselves, or of
+    /// [`SPLIT_HEADS`] that are prepared. `None`: the GPU has too little shared memory.
+    pub(super) fn of(
+        shape: &CacheShape,
+        padded: usize,
+        heads: Option<usize>,
+        gpu: &GpuInfo,
+    ) -> Option<Self> {
+        let row = padded + PADDING;
+        let queries = heads.unwrap_or(SPLIT_HEADS) * row * 2;
+        let weights = SPLIT_HEADS * (TILE_TOKENS + PADDING) * 2;
+        let staging_at = split_shared_bytes(padded) + queries.max(weights).next_multiple_of(128);
+        let staging = heads.map_or(0, |heads| (heads + 2) * padded * size_of::<f32>());
+        let tiles_at = staging_at + staging.next_multiple_of(128);
+        let limit = shared_limit(gpu);
+        let ring = Ring::fit(shape, padded, tiles_at, limit, SPLIT_BLOCKS)?;
+        Some(Self {
+            staging_at,
+            tiles_at,
+            ring,
+        })
+    }
 }
 
 impl Ring {
-    /// For the splitting kernel. `None`: the GPU has too little shared memory.
-    pub(super) fn split(shape: &CacheShape, padded: usize, gpu: &GpuInfo) -> Option<Self> {
-        Self::fit(
-            shape,
-            padded,
-            SPLIT_SHARED_BYTES,
-            shared_limit(gpu),
-            SPLIT_BLOCKS,
-        )
-    }
-
     /// For the walking kernel, whose slots are stages: a tile of keys and one of values. `None`:
     /// the GPU has too little shared memory.
     pub(super) fn walk(shape: &CacheShape, padded: usize, gpu: &GpuInfo) -> Option<Self> {
@@ -225,8 +288,8 @@ impl Ring {
         })
     }
 
-    /// As many slots as leave room for `blocks` blocks, or for fewer blocks of two slots, or
-    /// for one block of one slot.
+    /// As many stages of the splitting kernel as leave room for `blocks` blocks, or for fewer blocks
+    /// of two stages, or for one block of one stage.
     fn fit(
         shape: &CacheShape,
         padded: usize,
@@ -235,18 +298,13 @@ impl Ring {
         blocks: usize,
     ) -> Option<Self> {
         let layouts = [shape.key_layout(), shape.value_layout()];
-        let slot = |layout: HeadLayout| {
-            if is_direct(layout) {
-                tile_bytes(padded)
-            } else {
-                TILE_TOKENS * (layout.vector_bytes() + layout.scale_bytes())
-            }
-        };
-        let slot_bytes = layouts.map(slot).into_iter().max()?.next_multiple_of(128);
-        let decoded = if layouts.into_iter().all(is_direct) {
-            0
+        let tiles = 2 * tile_bytes(padded);
+        let stored =
+            |layout: HeadLayout| TILE_TOKENS * (layout.vector_bytes() + layout.scale_bytes());
+        let (slot_bytes, decoded) = if is_direct(shape) {
+            (tiles, 0)
         } else {
-            tile_bytes(padded)
+            (layouts.map(stored).into_iter().sum(), tiles)
         };
         let rest = fixed + decoded;
         let slots = |blocks: usize| {
@@ -273,10 +331,10 @@ fn shared_limit(gpu: &GpuInfo) -> usize {
 }
 
 /// Blocks that share the pieces of one tile of rows, where `blocks` blocks are needed for one
-/// piece of each: enough to fill the GPU. What a row gives does not depend on this.
+/// piece of each: as many as the GPU holds at once. What a row gives does not depend on this.
 pub(super) fn sharers(blocks: usize, most_pieces: usize, gpu: &GpuInfo) -> usize {
     let wanted = gpu.multiprocessors * SPLIT_BLOCKS;
-    wanted.div_ceil(blocks.max(1)).clamp(1, most_pieces)
+    (wanted / blocks.max(1)).clamp(1, most_pieces)
 }
 
 /// Query heads of all rows of a step up to which sequences are split among blocks: partial
@@ -426,14 +484,25 @@ mod tests {
                         continue;
                     }
                     let padded = PADDED_HEAD_DIMS[head_dim_index(head_dim).unwrap()];
+                    let split = |heads| {
+                        let memory = SplitMemory::of(&cache, padded, heads, &gpu)?;
+                        // Results lie where tiles did.
+                        assert!(
+                            SPLIT_HEADS * (padded + PADDING) * size_of::<f32>()
+                                <= memory.ring.shared_bytes - memory.tiles_at
+                        );
+                        Some(memory.ring)
+                    };
                     for ring in [
-                        Ring::split(&cache, padded, &gpu),
+                        split(None),
+                        split(Some(1)),
+                        split(Some(SPLIT_HEADS)),
                         Ring::walk(&cache, padded, &gpu),
                     ] {
                         let ring = ring.unwrap_or_else(|| panic!("{cache:?} in {shared}"));
                         assert!(ring.shared_bytes <= shared, "{cache:?}: {ring:?}");
                         assert!((1..=MOST_SLOTS).contains(&ring.slots));
-                        assert!(ring.slot_bytes.is_multiple_of(128));
+                        assert!(ring.slot_bytes.is_multiple_of(16));
                     }
                 }
             }
@@ -445,8 +514,8 @@ mod tests {
         let gpu = gpu(132, HOPPER_SHARED);
         for format in [CacheFormat::F16, CacheFormat::Q8, CacheFormat::Q4] {
             let cache = cache(128, format);
-            let split = Ring::split(&cache, 128, &gpu).unwrap();
-            assert!(split.slots >= 4, "{split:?}");
+            let split = SplitMemory::of(&cache, 128, Some(4), &gpu).unwrap().ring;
+            assert!(split.slots >= 2, "{split:?}");
             assert!(3 * (split.shared_bytes + RESERVED_SHARED_BYTES) <= HOPPER_SHARED + 1024);
             let walk = Ring::walk(&cache, 128, &gpu).unwrap();
             assert_eq!(walk.slots, 2, "{walk:?}");
@@ -482,8 +551,8 @@ mod tests {
             )
             .grid
         };
-        assert_eq!(grid(1), [1, 8, 50]);
-        assert_eq!(grid(8), [8, 8, 7]);
+        assert_eq!(grid(1), [1, 8, 49]);
+        assert_eq!(grid(8), [8, 8, 6]);
         // More rows than there is room for partial results.
         assert_eq!(grid(33), [33, 8, 1]);
     }
@@ -526,6 +595,16 @@ mod tests {
     }
 
     #[test]
+    fn a_query_heads_row_is_found_without_dividing() {
+        for heads in 1..=128 {
+            let tiles = HeadTiles::of(heads, 128);
+            for m in 0..128 {
+                assert_eq!((m * tiles.inverse()) >> 16, m / heads, "{m} of {heads}");
+            }
+        }
+    }
+
+    #[test]
     fn scores_come_in_powers_of_two() {
         let (factor, cap) = score_factors(0.125, None);
         assert_eq!((2.0_f32.powf(8.0 * factor), cap), (1.0_f32.exp(), 0.0));
@@ -539,7 +618,12 @@ mod tests {
     #[test]
     fn the_structures_have_the_kernels_sizes() {
         assert_eq!(size_of::<CacheArgs>(), 12 * 8 + 16 * 4);
-        assert_eq!(size_of::<AttendArgs>(), 11 * 8 + 14 * 4);
+        assert_eq!(size_of::<AttendArgs>(), 9 * 8 + 16 * 4);
+        assert_eq!(size_of::<StepHeads>(), 6 * 8 + 8 * 4);
+        assert_eq!(
+            size_of::<AttendSplitArgs>(),
+            size_of::<AttendArgs>() + size_of::<StepHeads>() + 8
+        );
         assert_eq!(size_of::<AttendExactArgs>(), 7 * 8 + 8 * 4);
     }
 }

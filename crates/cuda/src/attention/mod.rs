@@ -3,7 +3,7 @@
 //! `cache.cu` norms and rotates heads and stores keys and values; then one of three kernels
 //! attends: `attention_split.cu` splits a sequence among blocks where it has few rows in the
 //! step, `attention_walk.cu` walks through it where it has many, and `attention_exact.cu` serves
-//! caches of f32. A row's bits depend on its own sequence alone, whichever of the first two
+//! caches of f32. Where every sequence has one row, the first of them does it all. A row's bits depend on its own sequence alone, whichever of the first two
 //! computes it.
 
 mod launch;
@@ -24,8 +24,9 @@ use crate::module::{Kernel, Modules};
 use crate::prepare::norm_number;
 use crate::step::{CudaWorkspace, StepInputs};
 use launch::{
-    AttendArgs, AttendExactArgs, CacheArgs, HeadTiles, PADDED_HEAD_DIMS, Ring, ScratchLayout,
-    SplitGrid, format_number, head_dim_index, is_whole, score_factors,
+    AttendArgs, AttendExactArgs, AttendSplitArgs, CacheArgs, HeadTiles, PADDED_HEAD_DIMS, Ring,
+    ScratchLayout, SplitGrid, SplitMemory, StepHeads, format_number, head_dim_index, is_direct,
+    is_whole, score_factors,
 };
 pub(crate) use tiles::{Tile, Tiles};
 
@@ -41,6 +42,7 @@ const THREADS: usize = 128;
 pub(crate) struct AttentionKernels {
     cache: Kernel,
     split: [Kernel; 3],
+    direct: [Kernel; 3],
     walk: [Kernel; 3],
     exact: Kernel,
 }
@@ -56,6 +58,11 @@ impl AttentionKernels {
                 split("oxl_attend_split_64")?,
                 split("oxl_attend_split_128")?,
                 split("oxl_attend_split_256")?,
+            ],
+            direct: [
+                split("oxl_attend_direct_64")?,
+                split("oxl_attend_direct_128")?,
+                split("oxl_attend_direct_256")?,
             ],
             walk: [
                 walk("oxl_attend_walk_64")?,
@@ -137,11 +144,14 @@ impl AttentionOps for CudaDevice {
         let inputs = &workspace.inputs;
         let scratch = &workspace.attention;
         let extents = self.check_attention(&args, inputs, scratch)?;
-        self.prepare_cache(&args, &extents, inputs, scratch)?;
+        let heads = Self::step_heads(&args, &extents, inputs, scratch);
+        if heads.is_fresh == 0 {
+            self.prepare_cache(&args, &heads, &extents, inputs, scratch)?;
+        }
         if extents.is_exact() {
             return self.attend_exact(&args, &extents, inputs);
         }
-        self.attend_split(&args, &extents, inputs, scratch)?;
+        self.attend_split(&args, heads, &extents, inputs, scratch)?;
         self.attend_walk(&args, &extents, inputs, scratch)
     }
 }
@@ -198,14 +208,13 @@ impl CudaDevice {
         })
     }
 
-    /// Norms and rotates queries and keys, and stores keys and values.
-    fn prepare_cache(
-        &self,
+    /// What the step's rows bring, and how it is normed and rotated.
+    fn step_heads(
         args: &AttentionArgs<'_, CudaBuffer>,
         extents: &Extents,
         inputs: &StepInputs,
         scratch: &AttentionScratch,
-    ) -> Result<(), DeviceError> {
+    ) -> StepHeads {
         let CacheShape {
             kv_heads, head_dim, ..
         } = extents.cache;
@@ -220,10 +229,42 @@ impl CudaDevice {
         let rope = args
             .rope
             .map(|rope| (inputs.ropes[rope], inputs.angles(rope)));
-        let kernel_args = CacheArgs {
+        let is_fresh = !extents.is_exact() && scratch.tiles.is_one_row_each();
+        StepHeads {
             queries: args.queries.floats(rows * query_width),
             keys: args.keys.floats(rows * key_width),
             values: args.values.floats(rows * key_width),
+            query_weight: weight(args.query_norm, query_width),
+            key_weight: weight(args.key_norm, key_width),
+            angles: rope.map_or(0, |(_, angles)| angles),
+            query_epsilon: epsilon(args.query_norm),
+            key_epsilon: epsilon(args.key_norm),
+            query_norm: kind(args.query_norm),
+            key_norm: kind(args.key_norm),
+            rope_style: rope.map_or(0, |(layout, _)| rope_number(layout.style)),
+            rope_pairs: rope.map_or(0, |(layout, _)| layout.pairs as i32),
+            angle_pairs: (inputs.shape.rotary_dim / 2) as i32,
+            is_fresh: i32::from(is_fresh),
+        }
+    }
+
+    /// Norms and rotates queries and keys, and stores keys and values.
+    fn prepare_cache(
+        &self,
+        args: &AttentionArgs<'_, CudaBuffer>,
+        heads: &StepHeads,
+        extents: &Extents,
+        inputs: &StepInputs,
+        scratch: &AttentionScratch,
+    ) -> Result<(), DeviceError> {
+        let CacheShape {
+            kv_heads, head_dim, ..
+        } = extents.cache;
+        let rows = extents.rows;
+        let kernel_args = CacheArgs {
+            queries: heads.queries,
+            keys: heads.keys,
+            values: heads.values,
             queries_f16: if extents.is_exact() {
                 0
             } else {
@@ -231,14 +272,14 @@ impl CudaDevice {
             },
             key_pages: args.cache.keys.address(),
             value_pages: args.cache.values.address(),
-            query_weight: weight(args.query_norm, query_width),
-            key_weight: weight(args.key_norm, key_width),
-            angles: rope.map_or(0, |(_, angles)| angles),
+            query_weight: heads.query_weight,
+            key_weight: heads.key_weight,
+            angles: heads.angles,
             positions: inputs.positions(),
             row_sequences: inputs.row_sequences(),
             page_tables: inputs.page_tables(),
-            query_epsilon: epsilon(args.query_norm),
-            key_epsilon: epsilon(args.key_norm),
+            query_epsilon: heads.query_epsilon,
+            key_epsilon: heads.key_epsilon,
             rows: rows as i32,
             heads: extents.heads as i32,
             kv_heads: kv_heads as i32,
@@ -246,11 +287,11 @@ impl CudaDevice {
             padded_head_dim: extents.padded() as i32,
             key_format: format_number(extents.cache.format.keys()),
             value_format: format_number(extents.cache.format.values()),
-            query_norm: kind(args.query_norm),
-            key_norm: kind(args.key_norm),
-            rope_style: rope.map_or(0, |(layout, _)| rope_number(layout.style)),
-            rope_pairs: rope.map_or(0, |(layout, _)| layout.pairs as i32),
-            angle_pairs: (inputs.shape.rotary_dim / 2) as i32,
+            query_norm: heads.query_norm,
+            key_norm: heads.key_norm,
+            rope_style: heads.rope_style,
+            rope_pairs: heads.rope_pairs,
+            angle_pairs: heads.angle_pairs,
             table_stride: inputs.shape.pages_per_sequence as i32,
             unused: 0,
         };
@@ -279,8 +320,6 @@ impl CudaDevice {
             partial_state: scratch.at(scratch.layout.partial_state),
             counters: scratch.at(scratch.layout.counters),
             tiles: inputs.tiles(),
-            positions: inputs.positions(),
-            row_sequences: inputs.row_sequences(),
             page_tables: inputs.page_tables(),
             score_factor: extents.score_factor,
             cap_factor: extents.cap_factor,
@@ -290,6 +329,8 @@ impl CudaDevice {
             head_dim: head_dim as i32,
             heads_per_tile: heads.heads_per_tile as i32,
             head_tiles: heads.head_tiles as i32,
+            group: extents.group() as i32,
+            inverse_heads: heads.inverse() as i32,
             key_format: format_number(extents.cache.format.keys()),
             value_format: format_number(extents.cache.format.values()),
             table_stride: inputs.shape.pages_per_sequence as i32,
@@ -303,13 +344,12 @@ impl CudaDevice {
     fn attend_split(
         &self,
         args: &AttentionArgs<'_, CudaBuffer>,
+        heads: StepHeads,
         extents: &Extents,
         inputs: &StepInputs,
         scratch: &AttentionScratch,
     ) -> Result<(), DeviceError> {
         let gpu = self.info();
-        let ring = Ring::split(&extents.cache, extents.padded(), gpu);
-        let ring = ring.ok_or_else(|| self.too_little_shared(extents))?;
         let split = SplitGrid::of(
             (scratch.tiles.split(), scratch.tiles.split_rows()),
             &extents.cache,
@@ -317,17 +357,31 @@ impl CudaDevice {
             &scratch.layout,
             gpu,
         );
+        let own_heads = (heads.is_fresh != 0).then_some(split.heads.heads_per_tile);
+        let memory = SplitMemory::of(&extents.cache, extents.padded(), own_heads, gpu);
+        let memory = memory.ok_or_else(|| self.too_little_shared(extents))?;
         let launch = Launch {
             grid: split.grid,
             block: [THREADS, 1, 1],
-            shared_bytes: ring.shared_bytes,
+            shared_bytes: memory.ring.shared_bytes,
         };
-        let kernel_args = Self::attend_args(args, extents, inputs, scratch, (split.heads, ring));
-        let kernel = self.kernels().attention.split[extents.index];
+        let tiling = (split.heads, memory.ring);
+        let kernel_args = AttendSplitArgs {
+            attend: Self::attend_args(args, extents, inputs, scratch, tiling),
+            heads,
+            staging_at: memory.staging_at as i32,
+            tiles_at: memory.tiles_at as i32,
+        };
+        let kernels = &self.kernels().attention;
+        let of_format = if is_direct(&extents.cache) {
+            &kernels.direct
+        } else {
+            &kernels.split
+        };
         // SAFETY: the structure is the kernel's; `check_attention` has held the call to the
-        // extents that the scratch was made for, and partial results are only used by as many
-        // rows as it has room for.
-        unsafe { self.launch(kernel, launch, &kernel_args) }
+        // extents that the scratch was made for, partial results are only used by as many
+        // rows as it has room for, and the step's positions lie in pages that its tables name.
+        unsafe { self.launch(of_format[extents.index], launch, &kernel_args) }
     }
 
     /// Rows of long runs.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use bytemuck::{Pod, Zeroable};
+use oxllama_backend::{PAGE_TOKENS, StepBatch};
 
 /// Tokens of a tile of keys; `TILE` in `attention.cuh`.
 pub(super) const TILE_TOKENS: usize = 64;
@@ -45,6 +46,13 @@ pub(crate) struct Tile {
     /// Tokens of the sequence that earlier steps have stored: they may be read while this step
     /// is still storing its own.
     old_tokens: u32,
+    /// The first row's.
+    first_position: u32,
+    sequence: u32,
+    /// The sequence's first page.
+    first_page: u32,
+    /// The page of `first_position`.
+    home_page: u32,
 }
 
 /// The tiles of a step: first those whose sequences are split among blocks, then the others.
@@ -61,6 +69,7 @@ pub(crate) struct Tiles {
     split: usize,
     split_rows: usize,
     walked: usize,
+    is_one_row_each: bool,
 }
 
 impl Tiles {
@@ -75,12 +84,15 @@ impl Tiles {
             split: 0,
             split_rows: 0,
             walked: 0,
+            is_one_row_each: false,
         }
     }
 
     /// Cuts the rows of a step.
-    pub(crate) fn cut(&mut self, positions: &[u32], row_sequences: &[u32]) {
+    pub(crate) fn cut(&mut self, batch: &StepBatch<'_>) {
+        let (positions, row_sequences) = (batch.positions, batch.row_sequences);
         let rows = positions.len();
+        self.is_one_row_each = true;
         self.tiles.clear();
         self.first_positions.clear();
         for (&position, &sequence) in positions.iter().zip(row_sequences) {
@@ -89,6 +101,7 @@ impl Tiles {
                 self.first_positions.resize(sequence + 1, u32::MAX);
             }
             let first = &mut self.first_positions[sequence];
+            self.is_one_row_each &= *first == u32::MAX;
             *first = position.min(*first);
         }
         for is_split in [true, false] {
@@ -96,9 +109,7 @@ impl Tiles {
             while start < rows {
                 let end = run_end(positions, row_sequences, start);
                 if (end - start <= MOST_SPLIT_RUN) == is_split {
-                    let old_tokens = self.first_positions[row_sequences[start] as usize];
-                    let first_position = positions[start] as usize;
-                    self.cut_run(start..end, first_position, old_tokens, is_split);
+                    self.cut_run(start..end, batch, is_split);
                 }
                 start = end;
             }
@@ -119,13 +130,14 @@ impl Tiles {
         self.tiles.resize(rows, Tile::default());
     }
 
-    fn cut_run(
-        &mut self,
-        run: Range<usize>,
-        first_position: usize,
-        old_tokens: u32,
-        is_split: bool,
-    ) {
+    fn cut_run(&mut self, run: Range<usize>, batch: &StepBatch<'_>, is_split: bool) {
+        let first_position = batch.positions[run.start] as usize;
+        let sequence = batch.row_sequences[run.start];
+        let old_tokens = self.first_positions[sequence as usize];
+        let page = |position: usize| {
+            let index = sequence as usize * batch.pages_per_sequence + position / PAGE_TOKENS;
+            batch.page_tables[index]
+        };
         let heads = if is_split {
             SPLIT_HEADS
         } else {
@@ -147,6 +159,10 @@ impl Tiles {
                 rows: rows as u32,
                 partial_row,
                 old_tokens,
+                first_position: position as u32,
+                sequence,
+                first_page: page(0),
+                home_page: page(position),
             });
             row += rows;
         }
@@ -171,6 +187,11 @@ impl Tiles {
     /// Tiles after those, whose blocks walk through their tokens.
     pub(super) fn walked(&self) -> usize {
         self.walked
+    }
+
+    /// Whether every sequence of the step has one row.
+    pub(crate) fn is_one_row_each(&self) -> bool {
+        self.is_one_row_each
     }
 
     /// Query heads of rows in a tile that is walked through.
@@ -217,8 +238,22 @@ mod tests {
     fn cut(rows: &[(u32, u32)], group: usize) -> Tiles {
         let sequences: Vec<u32> = rows.iter().map(|&(sequence, _)| sequence).collect();
         let positions: Vec<u32> = rows.iter().map(|&(_, position)| position).collect();
+        // Page p of sequence s is number 100 s + p.
+        let pages_per_sequence = 80;
+        let page_tables: Vec<u32> = (0..8)
+            .flat_map(|sequence| (0..pages_per_sequence).map(move |page| 100 * sequence + page))
+            .collect();
         let mut tiles = Tiles::new(rows.len(), 4, group, 128);
-        tiles.cut(&positions, &sequences);
+        tiles.cut(&StepBatch {
+            token_ids: &positions,
+            positions: &positions,
+            row_sequences: &sequences,
+            page_tables: &page_tables,
+            pages_per_sequence: pages_per_sequence as usize,
+            logit_rows: &[],
+            draws: &[],
+            changes: &[],
+        });
         tiles
     }
 
@@ -272,6 +307,27 @@ mod tests {
             .map(|tile| (tile.first_row, tile.old_tokens))
             .collect();
         assert_eq!(old, [(0, 70), (2, 9), (3, 70), (19, 70)]);
+    }
+
+    #[test]
+    fn tiles_name_their_place() {
+        let rows: Vec<_> = run(3, 510, 5).collect();
+        let tiles = cut(&rows, 4);
+        let places: Vec<_> = tiles.all()[..2]
+            .iter()
+            .map(|tile| {
+                let pages = (tile.first_page, tile.home_page);
+                (tile.first_position, tile.sequence, pages)
+            })
+            .collect();
+        assert_eq!(places, [(510, 3, (300, 301)), (514, 3, (300, 302))]);
+    }
+
+    #[test]
+    fn steps_of_one_row_a_sequence_are_told_from_others() {
+        assert!(cut(&[(2, 9), (0, 0)], 4).is_one_row_each());
+        assert!(!cut(&[(2, 9), (0, 0), (2, 10)], 4).is_one_row_each());
+        assert!(!cut(&run(0, 0, 17).collect::<Vec<_>>(), 4).is_one_row_each());
     }
 
     #[test]
