@@ -62,147 +62,6 @@ __device__ __forceinline__ void rotate_four(float (&x)[4], int lane) {
     for (int i = 0; i < 4; ++i) x[i] = __fmul_rn(x[i], 0.17677669f);
 }
 
-// The heads that the step's row brings to a block: its query heads, then, where `count` says so, its
-// key and its value. A warp prepares every ATTEND_WARPS-th.
-template <int D, bool IS_DIRECT>
-struct RowHeads {
-    static constexpr int PARTS = D / GROUP;
-    static constexpr int STRIDE = D + PADDING;
-
-    const AttendArgs& args;
-    const StepHeads& heads;
-    const Queries& queries;
-    int count;
-    int lane;
-    RopePairs rope;
-    RowAngles<PARTS> angles;
-
-    __device__ __forceinline__ RowHeads(const AttendSplitArgs& all, const Queries& queries,
-                                        bool has_own)
-        : args(all.attend), heads(all.heads), queries(queries) {
-        count = queries.heads + (has_own ? 2 : 0);
-        lane = threadIdx.x % WARP_LANES;
-        rope = {heads.rope_style, heads.rope_pairs};
-        if (rope.style != ROPE_NONE) {
-            const int pairs = heads.angle_pairs;
-            const float* row = heads.angles + int64_t(queries.first_row) * 2 * pairs;
-            angles.load(row, pairs, rope, lane);
-        }
-    }
-
-    // Brings all of them to shared memory, f32 [count, head_dim].
-    __device__ __forceinline__ void load(float* staging) const {
-        const int head_pairs = args.head_dim / 2;
-        const int query_pairs = queries.heads * head_pairs;
-        const int pairs = count * head_pairs;
-        const int64_t row = queries.first_row;
-        const int64_t own = (row * args.kv_heads + queries.kv_head) * args.head_dim;
-        const float2* q = reinterpret_cast<const float2*>(
-            heads.queries + (row * args.heads + queries.first_head) * args.head_dim);
-        const float2* k = reinterpret_cast<const float2*>(heads.keys + own) - query_pairs;
-        const float2* v =
-            reinterpret_cast<const float2*>(heads.values + own) - query_pairs - head_pairs;
-        constexpr int AHEAD = 4;
-#pragma unroll 1
-        for (int first = threadIdx.x; first < pairs; first += AHEAD * ATTEND_THREADS) {
-            float2 loaded[AHEAD];
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i) {
-                const int at = first + i * ATTEND_THREADS;
-                const float2* from = at < query_pairs ? q : at < query_pairs + head_pairs ? k : v;
-                if (at < pairs) loaded[i] = __ldcg(from + at);
-            }
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i) {
-                const int at = first + i * ATTEND_THREADS;
-                if (at < pairs) reinterpret_cast<float2*>(staging)[at] = loaded[i];
-            }
-        }
-    }
-
-    // Queries go to `q`, fp16 [heads, STRIDE]; key and value to their page and to `fresh`.
-    __device__ __forceinline__ void prepare(float* staging, __half* q, __half (&fresh)[2][D]) {
-        const int head_dim = args.head_dim;
-#pragma unroll 1
-        for (int task = threadIdx.x / WARP_LANES; task < count; task += ATTEND_WARPS) {
-            float* head = staging + task * head_dim;
-            const bool is_query = task < queries.heads;
-            const bool is_value = task > queries.heads;
-            float x[PARTS];
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                const int element = part * GROUP + lane;
-                x[part] = element < head_dim ? head[element] : 0.0f;
-            }
-            if (!is_value) norm_and_rotate(x, head, is_query ? queries.first_head + task : -1);
-            const HeadLayout layout = layout_of<IS_DIRECT>(args, is_value);
-            if (layout.is_quantised()) {
-#pragma unroll
-                for (int part = 0; part < PARTS; ++part) {
-                    if (part * GROUP < head_dim) x[part] = rotate_group(x[part], lane);
-                }
-            }
-            if (is_query) {
-#pragma unroll
-                for (int part = 0; part < PARTS; ++part) {
-                    q[task * STRIDE + part * GROUP + lane] = limited_half(x[part]);
-                }
-                continue;
-            }
-            // From shared memory, so that one copy of the code that encodes serves all groups.
-            __syncwarp();
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                const int element = part * GROUP + lane;
-                if (element < head_dim) head[element] = x[part];
-            }
-            keep(head, layout, is_value, fresh[is_value ? 1 : 0]);
-        }
-    }
-
-private:
-    // `query_head` is below zero for the key.
-    __device__ __forceinline__ void norm_and_rotate(float (&x)[PARTS], float* head,
-                                                    int query_head) const {
-        const bool is_query = query_head >= 0;
-        const float* weights = is_query ? heads.query_weight : heads.key_weight;
-        if (weights != nullptr) {
-            const HeadNorm norm = {
-                weights + (is_query ? query_head : queries.kv_head) * args.head_dim,
-                is_query ? heads.query_epsilon : heads.key_epsilon,
-                is_query ? heads.query_norm : heads.key_norm};
-            normalize(x, norm, args.head_dim, lane);
-            __syncwarp();
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                const int element = part * GROUP + lane;
-                if (element < args.head_dim) head[element] = x[part];
-            }
-            __syncwarp();
-        }
-        if (rope.style != ROPE_NONE) rotate_pairs(x, head, angles, rope, lane);
-    }
-
-    // One block of the row's stores what all attend to.
-    __device__ __forceinline__ void keep(const float* head, HeadLayout layout, bool is_value,
-                                         __half* fresh) const {
-        const bool is_kept = args.head_tiles == 1 || blockIdx.y % args.head_tiles == 0;
-        uint8_t* page = head_page(is_value ? args.value_pages : args.key_pages, layout,
-                                  args.kv_heads, queries.home_page, queries.kv_head);
-        const int token = queries.first_position % PAGE_TOKENS;
-#pragma unroll 1
-        for (int part = 0; part < PARTS; ++part) {
-            const int element = part * GROUP + lane;
-            __half kept = __half();
-            if (part * GROUP < layout.head_dim) {
-                const float x = element < layout.head_dim ? head[element] : 0.0f;
-                kept = store_group(page, layout, token, part, x, lane, is_kept);
-            }
-            fresh[element] = kept;
-        }
-    }
-};
-
 // Where a piece's part of query head m lies: index into [partial_rows, heads, most_pieces].
 __device__ __forceinline__ int64_t partial_index(const AttendArgs& args, const Queries& queries,
                                                  int m, int piece) {
@@ -314,13 +173,17 @@ struct SplitBlock {
         sum_weights(part, weights, quarters);
     }
 
-    // Folds a tile, whose values follow its keys, into the piece.
+    // Folds a tile, whose values follow its keys, into the piece. Calls `when_scored` when the keys
+    // are no longer needed.
+    template <typename WhenScored>
     __device__ __forceinline__ void attend_tile(const __half* keys, int tile, LaneStates& states,
-                                                float (&kept)[PAIRS][2][4]) {
+                                                float (&kept)[PAIRS][2][4],
+                                                WhenScored when_scored) {
         const int quarters = (min(TILE, span.end_token - tile * TILE) + 15) / 16;
         float s[2][4] = {};
         score(s, keys, tile, quarters);
         __syncthreads();
+        when_scored();
         RowState part[2];
         uint32_t weights[4][4] = {};
         exchange_weights(s, part, weights, quarters);
@@ -385,7 +248,7 @@ __device__ __forceinline__ float fold_pieces(float (&x)[4], const AttendArgs& ar
                                              const Queries& queries, int pieces, int m,
                                              int quad) {
     // Pieces whose parts are on their way together.
-    constexpr int AHEAD = 8;
+    constexpr int AHEAD = 16;
     const int64_t index = partial_index(args, queries, m, 0);
     const float2* states = reinterpret_cast<const float2*>(args.partial_state) + index;
     const float4* parts = reinterpret_cast<const float4*>(args.partial_out + index * D + quad);
@@ -522,7 +385,7 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
     // Launches of few rows have a block for every row, and may have fewer tiles.
     if (queries.rows == 0) return;
     const Span span(args, queries);
-    const Share share(span);
+    const Share share(span, all.tiles_alone);
     if (int(blockIdx.z) >= share.sharers) return;
     const bool is_alone = share.sharers == 1;
     const bool is_fresh = all.heads.is_fresh != 0;
@@ -544,7 +407,8 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
     // The first turns only start copies, and all of them one that is needed later.
 #pragma unroll 1
     for (int turn = 1 - args.slots; piece <= span.last_piece; ++turn) {
-        ring.fill();
+        if (turn <= 0) ring.fill_keys();
+        if (turn <= 0 || IS_DIRECT) ring.fill_values();
         if (turn < 0) continue;
         if (turn == 0) {
             prepare_queries<D, IS_DIRECT>(all, queries, has_own, shared, q);
@@ -559,7 +423,9 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
             *reinterpret_cast<uint4*>(rows + row * Block::STRIDE + unit * 8) =
                 *reinterpret_cast<const uint4*>(shared.fresh[which] + unit * 8);
         });
-        block.attend_tile(keys, tile, states, kept);
+        block.attend_tile(keys, tile, states, kept, [&] {
+            if (IS_DIRECT) ring.fill_keys();
+        });
         // What the tile and its weights lay in is used again.
         __syncthreads();
         if (++tile <= span.last_tile_of(piece)) continue;

@@ -1,6 +1,5 @@
 //! How attention's kernels are launched: extents, shared memory and scratch, from shapes alone.
 
-use cudarc::driver::sys::CUdeviceptr;
 use oxllama_backend::quantised::GROUP;
 use oxllama_backend::{CacheShape, HeadLayout, PAGE_TOKENS, WorkspaceShape};
 use oxllama_memory::ElementFormat;
@@ -8,122 +7,6 @@ use oxllama_memory::ElementFormat;
 use super::tiles::{SPLIT_HEADS, TILE_TOKENS, block_heads, most_pieces};
 use crate::context::GpuInfo;
 use crate::step::aligned;
-
-/// `CacheArgs` of `cache.cu`.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub(super) struct CacheArgs {
-    pub(super) queries: CUdeviceptr,
-    pub(super) keys: CUdeviceptr,
-    pub(super) values: CUdeviceptr,
-    pub(super) queries_f16: CUdeviceptr,
-    pub(super) key_pages: CUdeviceptr,
-    pub(super) value_pages: CUdeviceptr,
-    pub(super) query_weight: CUdeviceptr,
-    pub(super) key_weight: CUdeviceptr,
-    pub(super) angles: CUdeviceptr,
-    pub(super) positions: CUdeviceptr,
-    pub(super) row_sequences: CUdeviceptr,
-    pub(super) page_tables: CUdeviceptr,
-    pub(super) query_epsilon: f32,
-    pub(super) key_epsilon: f32,
-    pub(super) rows: i32,
-    pub(super) heads: i32,
-    pub(super) kv_heads: i32,
-    pub(super) head_dim: i32,
-    pub(super) padded_head_dim: i32,
-    pub(super) key_format: i32,
-    pub(super) value_format: i32,
-    pub(super) query_norm: i32,
-    pub(super) key_norm: i32,
-    pub(super) rope_style: i32,
-    pub(super) rope_pairs: i32,
-    pub(super) angle_pairs: i32,
-    pub(super) table_stride: i32,
-    pub(super) unused: i32,
-}
-
-/// `AttendArgs` of `attention.cuh`.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub(super) struct AttendArgs {
-    pub(super) queries: CUdeviceptr,
-    pub(super) key_pages: CUdeviceptr,
-    pub(super) value_pages: CUdeviceptr,
-    pub(super) out: CUdeviceptr,
-    pub(super) partial_out: CUdeviceptr,
-    pub(super) partial_state: CUdeviceptr,
-    pub(super) counters: CUdeviceptr,
-    pub(super) tiles: CUdeviceptr,
-    pub(super) page_tables: CUdeviceptr,
-    pub(super) score_factor: f32,
-    pub(super) cap_factor: f32,
-    pub(super) window: i32,
-    pub(super) heads: i32,
-    pub(super) kv_heads: i32,
-    pub(super) head_dim: i32,
-    pub(super) heads_per_tile: i32,
-    pub(super) head_tiles: i32,
-    pub(super) group: i32,
-    pub(super) inverse_heads: i32,
-    pub(super) key_format: i32,
-    pub(super) value_format: i32,
-    pub(super) table_stride: i32,
-    pub(super) most_pieces: i32,
-    pub(super) slots: i32,
-    pub(super) slot_bytes: i32,
-}
-
-/// `StepHeads` of `split.cuh`.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub(super) struct StepHeads {
-    pub(super) queries: CUdeviceptr,
-    pub(super) keys: CUdeviceptr,
-    pub(super) values: CUdeviceptr,
-    pub(super) query_weight: CUdeviceptr,
-    pub(super) key_weight: CUdeviceptr,
-    pub(super) angles: CUdeviceptr,
-    pub(super) query_epsilon: f32,
-    pub(super) key_epsilon: f32,
-    pub(super) query_norm: i32,
-    pub(super) key_norm: i32,
-    pub(super) rope_style: i32,
-    pub(super) rope_pairs: i32,
-    pub(super) angle_pairs: i32,
-    pub(super) is_fresh: i32,
-}
-
-/// `AttendSplitArgs` of `split.cuh`.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub(super) struct AttendSplitArgs {
-    pub(super) attend: AttendArgs,
-    pub(super) heads: StepHeads,
-    pub(super) staging_at: i32,
-    pub(super) tiles_at: i32,
-}
-
-/// `AttendExactArgs` of `attention_exact.cu`.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub(super) struct AttendExactArgs {
-    pub(super) queries: CUdeviceptr,
-    pub(super) key_pages: CUdeviceptr,
-    pub(super) value_pages: CUdeviceptr,
-    pub(super) out: CUdeviceptr,
-    pub(super) positions: CUdeviceptr,
-    pub(super) row_sequences: CUdeviceptr,
-    pub(super) page_tables: CUdeviceptr,
-    pub(super) score_factor: f32,
-    pub(super) cap_factor: f32,
-    pub(super) window: i32,
-    pub(super) heads: i32,
-    pub(super) kv_heads: i32,
-    pub(super) head_dim: i32,
-    pub(super) table_stride: i32,
-    pub(super) unused: i32,
-}
 
 /// The kernels' number of a format; `FORMAT_*` in `pages.cuh`.
 pub(super) fn format_number(format: ElementFormat) -> i32 {
@@ -337,6 +220,16 @@ pub(super) fn sharers(blocks: usize, most_pieces: usize, gpu: &GpuInfo) -> usize
     (wanted / blocks.max(1)).clamp(1, most_pieces)
 }
 
+/// Tiles up to which a block takes all that its rows see, where `blocks` blocks have them: folding
+/// what several blocks found takes as long as two tiles, and more when it keeps none from idling.
+pub(super) fn tiles_alone(blocks: usize, gpu: &GpuInfo) -> usize {
+    if 2 * blocks <= gpu.multiprocessors {
+        2
+    } else {
+        4
+    }
+}
+
 /// Query heads of all rows of a step up to which sequences are split among blocks: partial
 /// results take 32 KiB and more of scratch each.
 const MOST_PARTIAL_HEADS: usize = 1024;
@@ -392,6 +285,8 @@ impl ScratchLayout {
 pub(super) struct SplitGrid {
     pub(super) heads: HeadTiles,
     pub(super) grid: [usize; 3],
+    /// `AttendSplitArgs::tiles_alone`.
+    pub(super) tiles_alone: usize,
 }
 
 impl SplitGrid {
@@ -413,6 +308,7 @@ impl SplitGrid {
         Self {
             heads,
             grid: [tiles, blocks_of_tile, sharers],
+            tiles_alone: tiles_alone(tiles * blocks_of_tile, gpu),
         }
     }
 }
@@ -558,6 +454,17 @@ mod tests {
     }
 
     #[test]
+    fn blocks_take_more_alone_where_none_would_idle() {
+        let gpu = gpu(132, HOPPER_SHARED);
+        let scratch = ScratchLayout::of(&workspace(64, 32));
+        let alone = |rows| {
+            let cache = cache(128, CacheFormat::F16);
+            SplitGrid::of((rows, rows), &cache, 4, &scratch, &gpu).tiles_alone
+        };
+        assert_eq!([1, 8, 9, 32].map(alone), [2, 2, 4, 4]);
+    }
+
+    #[test]
     fn a_short_context_needs_few_pieces() {
         let gpu = gpu(132, HOPPER_SHARED);
         let scratch = ScratchLayout::of(&workspace(1, 1));
@@ -613,17 +520,5 @@ mod tests {
         let score = cap * (1.0 - 2.0 / ((40.0 * factor).exp2() + 1.0));
         let expected = 30.0 * (20.0_f32 / 30.0).tanh() * std::f32::consts::LOG2_E;
         assert!((score - expected).abs() < 1e-4, "{score} {expected}");
-    }
-
-    #[test]
-    fn the_structures_have_the_kernels_sizes() {
-        assert_eq!(size_of::<CacheArgs>(), 12 * 8 + 16 * 4);
-        assert_eq!(size_of::<AttendArgs>(), 9 * 8 + 16 * 4);
-        assert_eq!(size_of::<StepHeads>(), 6 * 8 + 8 * 4);
-        assert_eq!(
-            size_of::<AttendSplitArgs>(),
-            size_of::<AttendArgs>() + size_of::<StepHeads>() + 8
-        );
-        assert_eq!(size_of::<AttendExactArgs>(), 7 * 8 + 8 * 4);
     }
 }

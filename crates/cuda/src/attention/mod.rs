@@ -3,9 +3,10 @@
 //! `cache.cu` norms and rotates heads and stores keys and values; then one of three kernels
 //! attends: `attention_split.cu` splits a sequence among blocks where it has few rows in the
 //! step, `attention_walk.cu` walks through it where it has many, and `attention_exact.cu` serves
-//! caches of f32. Where every sequence has one row, the first of them does it all. A row's bits depend on its own sequence alone, whichever of the first two
-//! computes it.
+//! caches of f32. Where every sequence has one row, the first of them does it all. A row's bits
+//! depend on its own sequence alone, whichever of the first two computes it.
 
+mod arguments;
 mod launch;
 mod tiles;
 
@@ -23,10 +24,10 @@ use crate::launch::Launch;
 use crate::module::{Kernel, Modules};
 use crate::prepare::norm_number;
 use crate::step::{CudaWorkspace, StepInputs};
+use arguments::{AttendArgs, AttendExactArgs, AttendSplitArgs, CacheArgs, StepHeads};
 use launch::{
-    AttendArgs, AttendExactArgs, AttendSplitArgs, CacheArgs, HeadTiles, PADDED_HEAD_DIMS, Ring,
-    ScratchLayout, SplitGrid, SplitMemory, StepHeads, format_number, head_dim_index, is_direct,
-    is_whole, score_factors,
+    HeadTiles, PADDED_HEAD_DIMS, Ring, ScratchLayout, SplitGrid, SplitMemory, format_number,
+    head_dim_index, is_direct, is_whole, score_factors,
 };
 pub(crate) use tiles::{Tile, Tiles};
 
@@ -371,6 +372,8 @@ impl CudaDevice {
             heads,
             staging_at: memory.staging_at as i32,
             tiles_at: memory.tiles_at as i32,
+            tiles_alone: split.tiles_alone as i32,
+            unused: 0,
         };
         let kernels = &self.kernels().attention;
         let of_format = if is_direct(&extents.cache) {
