@@ -110,6 +110,31 @@ fn devices_tells_who_uses_a_gpu() {
 }
 
 #[test]
+fn a_plan_has_room_for_recorded_steps_on_a_gpu_alone() {
+    let plan = |device: &str, more: &[&str]| {
+        let plan = on("")
+            .arg("plan")
+            .arg(tiny("llama"))
+            .args(["--device", device]);
+        plan.args(more).run()
+    };
+    let recordings = |batch: &str| {
+        let answer = json(&plan("cuda", &["--json", "--batch", batch]).succeeded());
+        let recordings = &answer["plan"]["totals"]["recordings"];
+        recordings.as_u64().expect("a size")
+    };
+    assert!(recordings("1") > 0);
+    assert!(recordings("8") > recordings("1"));
+    let table = plan("cuda", &[]).succeeded().stdout;
+    assert!(table.contains("workspace  recordings"), "{table}");
+    let table = plan("cpu", &[]).succeeded().stdout;
+    assert!(!table.contains("recordings"), "{table}");
+    // Less than those of one sequence.
+    let capped = plan("cuda", &["--cap", "cuda:0=1MiB"]);
+    capped.failed_with(&["does not fit", "cuda:0", "short by"]);
+}
+
+#[test]
 fn generation_ends_with_the_device_s_error() {
     // Kernels that do nothing give every token the same logit.
     generate("", "cuda").succeeded();
