@@ -373,13 +373,13 @@ struct Stream {
         }
     }
 
-    // The end of the run of units that look like `unit`.
+    // The end of the run of units that look like `unit`, within its range.
     __device__ __forceinline__ const Unit* run_end(const Unit* unit, const Unit* units_end) const {
         const uint32_t run = unit->shape & SHAPE_OF_RUN;
 #pragma unroll 1
         do {
             ++unit;
-        } while (unit != units_end && (unit->shape & SHAPE_OF_RUN) == run);
+        } while (unit != units_end && !ends_range(run) && (unit->shape & SHAPE_OF_RUN) == run);
         return unit;
     }
 

@@ -131,6 +131,11 @@ fn exl2_cases() -> Vec<(String, LinearCase)> {
         let words_single = words("one group for all");
         add(words_single, exl2(vec![region(bits, 544, 1024)], 32, seed));
     }
+    // So few inputs for so many warps that each has only a block or two of one width.
+    for in_features in [544, 576, 1120] {
+        let words = format!("EXL2, short ranges of {in_features}");
+        add(words, typical(in_features, 96, 11));
+    }
     for (index, high) in WIDTHS.into_iter().enumerate() {
         for low in WIDTHS.into_iter().skip(index + 1) {
             // Regions of 32 rows, then a ragged last group behind an uneven border.

@@ -157,6 +157,7 @@ fn bench_reports_positive_figures() {
         [
             "model",
             "device",
+            "devices",
             "threads",
             "cache",
             "synthetic",
