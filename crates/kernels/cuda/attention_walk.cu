@@ -364,6 +364,8 @@ __device__ __forceinline__ void attend_walk(const AttendArgs& args) {
     }
     __syncthreads();
     const Queries& queries = block.queries;
+    // Launches of few rows have a block for every row, and may have fewer tiles.
+    if (queries.rows == 0) return;
     const Span& span = block.span;
     WalkTiles<D> tiles(args, block);
     const bool is_quantised = args.key_format >= FORMAT_Q8;

@@ -10,6 +10,8 @@ mod arguments;
 mod launch;
 mod tiles;
 
+use std::ops::Range;
+
 use cudarc::driver::sys::CUdeviceptr;
 use oxllama_backend::{
     AttentionArgs, AttentionOps, CacheShape, DeviceError, HeadNorm, RopeStyle, WorkspaceShape,
@@ -29,6 +31,7 @@ use launch::{
     HeadTiles, PADDED_HEAD_DIMS, Ring, ScratchLayout, SplitGrid, SplitMemory, format_number,
     head_dim_index, is_direct, is_whole, score_factors,
 };
+use tiles::SPLIT_HEADS;
 pub(crate) use tiles::{Tile, Tiles};
 
 /// Warps of a block of `oxl_cache`, each of which treats a head of a row.
@@ -145,15 +148,23 @@ impl AttentionOps for CudaDevice {
         let inputs = &workspace.inputs;
         let scratch = &workspace.attention;
         let extents = self.check_attention(&args, inputs, scratch)?;
-        let heads = Self::step_heads(&args, &extents, inputs, scratch);
+        let can_split = !extents.is_exact() && self.can_split(&extents);
+        let is_fresh = can_split && scratch.tiles.is_one_row_each();
+        let heads = Self::step_heads(&args, &extents, inputs, is_fresh);
         if heads.is_fresh == 0 {
             self.prepare_cache(&args, &heads, &extents, inputs, scratch)?;
         }
         if extents.is_exact() {
             return self.attend_exact(&args, &extents, inputs);
         }
+        let tiles = &scratch.tiles;
+        if !can_split {
+            let all = 0..tiles.split() + tiles.walked();
+            return self.attend_walk(&args, all, &extents, inputs, scratch);
+        }
         self.attend_split(&args, heads, &extents, inputs, scratch)?;
-        self.attend_walk(&args, &extents, inputs, scratch)
+        let long = tiles.split()..tiles.split() + tiles.walked();
+        self.attend_walk(&args, long, &extents, inputs, scratch)
     }
 }
 
@@ -214,7 +225,7 @@ impl CudaDevice {
         args: &AttentionArgs<'_, CudaBuffer>,
         extents: &Extents,
         inputs: &StepInputs,
-        scratch: &AttentionScratch,
+        is_fresh: bool,
     ) -> StepHeads {
         let CacheShape {
             kv_heads, head_dim, ..
@@ -230,7 +241,6 @@ impl CudaDevice {
         let rope = args
             .rope
             .map(|rope| (inputs.ropes[rope], inputs.angles(rope)));
-        let is_fresh = !extents.is_exact() && scratch.tiles.is_one_row_each();
         StepHeads {
             queries: args.queries.floats(rows * query_width),
             keys: args.keys.floats(rows * key_width),
@@ -387,10 +397,20 @@ impl CudaDevice {
         unsafe { self.launch(of_format[extents.index], launch, &kernel_args) }
     }
 
-    /// Rows of long runs.
+    /// Whether a multiprocessor has room for the splitting kernel; else all rows are walked through,
+    /// which gives the same bits.
+    fn can_split(&self, extents: &Extents) -> bool {
+        let heads = HeadTiles::of(extents.group(), SPLIT_HEADS).heads_per_tile;
+        [None, Some(heads)].into_iter().all(|heads| {
+            SplitMemory::of(&extents.cache, extents.padded(), heads, self.info()).is_some()
+        })
+    }
+
+    /// Rows of long runs, and of all where [`Self::can_split`] says no.
     fn attend_walk(
         &self,
         args: &AttentionArgs<'_, CudaBuffer>,
+        tiles: Range<usize>,
         extents: &Extents,
         inputs: &StepInputs,
         scratch: &AttentionScratch,
@@ -400,7 +420,7 @@ impl CudaDevice {
         let heads = HeadTiles::of(extents.group(), scratch.tiles.block_heads());
         let launch = Launch {
             grid: [
-                scratch.tiles.walked() * extents.cache.kv_heads * heads.head_tiles,
+                tiles.len() * extents.cache.kv_heads * heads.head_tiles,
                 1,
                 1,
             ],
@@ -408,7 +428,7 @@ impl CudaDevice {
             shared_bytes: ring.shared_bytes,
         };
         let mut kernel_args = Self::attend_args(args, extents, inputs, scratch, (heads, ring));
-        kernel_args.tiles += (scratch.tiles.split() * size_of::<Tile>()) as u64;
+        kernel_args.tiles += (tiles.start * size_of::<Tile>()) as u64;
         let kernel = self.kernels().attention.walk[extents.index];
         // SAFETY: as for the rows of short runs.
         unsafe { self.launch(kernel, launch, &kernel_args) }
