@@ -61,16 +61,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// Activations: written by an earlier kernel of the step, so neither hoisted above the wait for
-// it nor read through the read-only path.
-__device__ __forceinline__ uint4 load_activations(const __half* address) {
-    uint4 value;
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(address));
-    return value;
-}
-
 // Sums of a lane: [row tile][m-tile][fragment], the fragment's rows 2 t and 2 t + 1 of output
 // 16 m + g, then of output 16 m + g + 8.
 template <int ROW_TILES>
@@ -108,11 +98,6 @@ __device__ __forceinline__ void add_group(const float (&scales)[4], const Sums<R
             }
         }
     }
-}
-
-// Where a row's sum of a local output lies among a warp's: no two lanes of a store meet in a bank.
-__device__ __forceinline__ int sum_place(int row, int output) {
-    return row * TILE_OUTPUTS + (output ^ (row / 2 % 4 * 8));
 }
 
 __device__ __forceinline__ float plus(float a, float b) { return a + b; }

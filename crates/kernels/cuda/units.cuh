@@ -399,35 +399,4 @@ struct Stream {
     }
 };
 
-// Puts a lane's sums of up to 8 rows where `sum_place` says.
-__device__ __forceinline__ void put_row_tile(const float (&sums)[2][4], int lane, int rows,
-                                             float* places) {
-    const int first_row = 2 * (lane % 4);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        // Both of a lane's rows change places alike.
-        const int place = sum_place(first_row, 8 * i + lane / 4);
-        if (first_row < rows) places[place] = sums[i / 2][i % 2 * 2];
-        if (first_row + 1 < rows) places[place + TILE_OUTPUTS] = sums[i / 2][i % 2 * 2 + 1];
-    }
-}
-
-// Copies a warp's range and units of some of the matrices to shared memory.
-__device__ __forceinline__ void load_tables(const LinearArgs& args, int first, int last, int warp,
-                                            int lane, int ranges, Unit* units, WarpRange* own) {
-#pragma unroll 1
-    for (int i = first; i <= last; ++i) {
-        const uint4* table = args.matrices[i].matrix.range_table;
-        const uint2* from =
-            reinterpret_cast<const uint2*>(table + ranges) + warp * args.range_blocks;
-        uint2* to = reinterpret_cast<uint2*>(units + i * args.range_blocks);
-        if (lane == 0) *reinterpret_cast<uint4*>(own + i) = __ldg(table + warp);
-#pragma unroll 1
-        for (int unit = lane; unit < args.range_blocks; unit += WARP_LANES) {
-            to[unit] = __ldg(from + unit);
-        }
-    }
-    __syncwarp();
-}
-
 }  // namespace oxl
