@@ -20,35 +20,29 @@
 
 namespace oxl {
 
-// Copies a warp's range and units of some of the matrices to shared memory.
+// Copies a warp's range and units of some of the matrices to shared memory: all at once, for each copy takes as
+// long as memory takes to answer.
 __device__ __forceinline__ void load_tables(const LinearArgs& args, int first, int last, int warp,
                                             int lane, int ranges, Unit* units, WarpRange* own) {
 #pragma unroll 1
     for (int i = first; i <= last; ++i) {
         const uint4* table = args.matrices[i].matrix.range_table;
-        const uint2* from =
-            reinterpret_cast<const uint2*>(table + ranges) + warp * args.range_blocks;
-        uint2* to = reinterpret_cast<uint2*>(units + i * args.range_blocks);
-        if (lane == 0) *reinterpret_cast<uint4*>(own + i) = __ldg(table + warp);
+        const Unit* from =
+            reinterpret_cast<const Unit*>(table + ranges) + warp * args.range_blocks;
+        Unit* to = units + i * args.range_blocks;
+        if (lane == 0) copy_async<16>(own + i, table + warp);
 #pragma unroll 1
         for (int unit = lane; unit < args.range_blocks; unit += WARP_LANES) {
-            to[unit] = __ldg(from + unit);
+            copy_async<8>(to + unit, from + unit);
         }
     }
+    commit_copies();
+    wait_for_copies<0>();
     __syncwarp();
 }
 
-// Activations: written by an earlier kernel of the step, so neither hoisted above the wait for
-// it nor read through the read-only path.
-__device__ __forceinline__ uint4 load_activations(const __half* address) {
-    uint4 value;
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-                 : "l"(address));
-    return value;
-}
-
-// Copies the activations of `count` blocks from `block` on to a warp's place for them.
+// Copies the activations of `count` blocks from `block` on to a warp's place for them, all at once: an earlier
+// kernel has written them, and each takes as long as the second-level cache takes to answer.
 __device__ __forceinline__ void fill_rows(const LinearArgs& args, const __half* x, int lane,
                                           int block, int count, char* place) {
     __syncwarp();
@@ -56,15 +50,17 @@ __device__ __forceinline__ void fill_rows(const LinearArgs& args, const __half* 
     const int block_bytes = args.rows * ROW_BLOCK_BYTES;
 #pragma unroll 1
     for (int piece = lane; piece < count * 4; piece += WARP_LANES) {
-        const __half* from = x + block * BLOCK_INPUTS + piece * 8;
+        const uint8_t* from = reinterpret_cast<const uint8_t*>(x + block * BLOCK_INPUTS + piece * 8);
         char* to = place + piece / 4 * block_bytes + piece % 4 * 16;
 #pragma unroll 4
         for (int row = 0; row < args.rows; ++row) {
-            *reinterpret_cast<uint4*>(to) = load_activations(from);
-            from += stride;
+            copy_async(to, from, 1);
+            from += stride * sizeof(__half);
             to += ROW_BLOCK_BYTES;
         }
     }
+    commit_copies();
+    wait_for_copies<0>();
     __syncwarp();
 }
 
@@ -114,20 +110,28 @@ struct Output {
     }
 };
 
-// What is at a warp's first place of `tiles` items from `item` on, which are stored next.
-__device__ __forceinline__ float load_first(const LinearArgs& args, int item, int tiles, int warp,
-                                            int lane) {
-    Places places = {0, 0};
-    places.advance(warp, args.rows);
-    if (places.tile >= tiles) return 0.0f;
-    const float* out = Output(args, item + places.tile, lane).at(places.row);
-    return out == nullptr ? 0.0f : *out;
-}
+// Where a lane's output of a row is stored, and how.
+struct Target {
+    float* out;  // null: there is none
+    float scale;
+    float bias;
 
-// Joins and stores the sums of `tiles` items. `before` is what `load_first` found, if `has_before`.
+    __device__ __forceinline__ Target() : out(nullptr), scale(0.0f), bias(0.0f) {}
+
+    __device__ __forceinline__ Target(const LinearArgs& args, int item, int row, int lane) {
+        const Output output(args, item, lane);
+        out = output.at(row);
+        scale = output.target.matrix.scale;
+        const float* biases = output.target.bias;
+        bias = biases == nullptr || out == nullptr ? 0.0f : __ldg(biases + output.index);
+    }
+};
+
+// Joins and stores the sums of `tiles` items. `first` is the warp's first target, and `before` what is there, if
+// `has_first` says so.
 __device__ __forceinline__ void store_tiles(const LinearArgs& args, const float* sums, int item,
-                                            int tiles, int warp, int lane, bool has_before,
-                                            float before) {
+                                            int tiles, int warp, int lane, bool has_first,
+                                            Target first, float before) {
     const int ranges = 1 << args.ranges_shift;
     const int sum_floats = args.rows * TILE_OUTPUTS;
     Places places = {0, 0};
@@ -137,16 +141,16 @@ __device__ __forceinline__ void store_tiles(const LinearArgs& args, const float*
         const float* from =
             sums + places.tile * ranges * sum_floats + sum_place(places.row, lane);
         const float sum = sum_pairs(ranges, [&](int i) { return from[i * sum_floats]; });
-        const Output output(args, item + places.tile, lane);
-        float* out = output.at(places.row);
-        if (out != nullptr) {
-            const float* biases = output.target.bias;
-            const float bias = biases == nullptr ? 0.0f : __ldg(biases + output.index);
-            float y = fmaf(output.target.matrix.scale, sum, bias);
-            if (args.accumulate) y = fmaf(args.store_scale, y, has_before ? before : *out);
-            *out = y;
+        if (!has_first) {
+            first = Target(args, item + places.tile, places.row, lane);
+            if (args.accumulate && first.out != nullptr) before = *first.out;
         }
-        has_before = false;
+        if (first.out != nullptr) {
+            float y = fmaf(first.scale, sum, first.bias);
+            if (args.accumulate) y = fmaf(args.store_scale, y, before);
+            *first.out = y;
+        }
+        has_first = false;
     }
 }
 
@@ -185,6 +189,13 @@ __device__ __forceinline__ void linear_few(const LinearArgs& args) {
     stream.slot = 0;
     stream.cursor.stride = 1;
     stream.start(first_item, index);
+    // Known early, so that the first results, which are often the only ones, do not wait for it.
+    Places first_place = {0, 0};
+    first_place.advance(warp, rows);
+    Target first;
+    if (first_place.tile < min(args.tile_buffers, item_end - first_item)) {
+        first = Target(args, first_item + first_place.tile, first_place.row, lane);
+    }
     dependency_wait();
 
     const char* x_lane = places + min(lane / 4, rows - 1) * ROW_BLOCK_BYTES + lane % 4 * 16;
@@ -192,13 +203,9 @@ __device__ __forceinline__ void linear_few(const LinearArgs& args) {
     const __half* x_source = nullptr;
     float* own_sums = all_sums + warp * sum_floats;
     int buffer = 0;
-    // Loaded early, so that the first results, which are often the only ones, do not wait for it.
-    bool has_before = args.accumulate != 0;
+    bool has_first = true;
     float before = 0.0f;
-    if (has_before) {
-        const int tiles = min(args.tile_buffers, item_end - first_item);
-        before = load_first(args, first_item, tiles, warp, lane);
-    }
+    if (args.accumulate && first.out != nullptr) before = *first.out;
 #pragma unroll 1
     for (int item = first_item; item < item_end;) {
         const LinearMatrix& target = args.matrices[index];
@@ -214,8 +221,8 @@ __device__ __forceinline__ void linear_few(const LinearArgs& args) {
         ++item;
         if (++buffer == args.tile_buffers || item == item_end) {
             __syncthreads();
-            store_tiles(args, all_sums, item - buffer, buffer, warp, lane, has_before, before);
-            has_before = false;
+            store_tiles(args, all_sums, item - buffer, buffer, warp, lane, has_first, first, before);
+            has_first = false;
             if (item < item_end) __syncthreads();
             buffer = 0;
         }

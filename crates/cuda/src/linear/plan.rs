@@ -8,7 +8,7 @@ use crate::context::GpuInfo;
 const RING_BYTES: usize = 2 * (2048 + 128);
 
 /// Tiles whose sums `oxl_linear_few` joins at once, at most.
-const MOST_TILE_BUFFERS: usize = 8;
+const MOST_TILE_BUFFERS: usize = 16;
 
 /// Bytes of a unit in the table of a range.
 const UNIT_ENTRY_BYTES: usize = 8;
