@@ -142,8 +142,10 @@ fn plan(shape: &Shape, widest_row: usize) -> (Entry, Launch) {
     } else {
         Entry::Spread
     };
-    // Blocks that would otherwise not be there each write a part of a row.
-    let slices = (shape.padded_width / 1024).min(128 / shape.rows.max(1));
+    // Blocks that would otherwise not be there each write a part of a row: fewer where each of them
+    // computes the whole row's activations again.
+    let most_blocks = if shape.has_norm { 128 } else { 64 };
+    let slices = (shape.padded_width / 1024).min(most_blocks / shape.rows.max(1));
     let (blocks, threads) = match entry {
         Entry::Spread => (shape.padded_width.div_ceil(4 * THREADS), THREADS),
         Entry::Gather => (1, THREADS),
