@@ -240,6 +240,12 @@ pub trait LinearOps: NormOps + ElementwiseOps {
         Ok(())
     }
 
+    /// Tells that the workspace's next operation is attention, and that [`Self::linear`] with these
+    /// weights is the one after it and alone reads what it gives: so a device may make that as the
+    /// linear wants it, and leave [`AttentionArgs::out`] as it was. Results do not depend on it.
+    /// By default nothing is made of it.
+    fn announce_reader(&self, _weights: &Self::Linear, _workspace: &mut Self::Workspace) {}
+
     /// [`GatedLinear`]; composed of [`ElementwiseOps::gate`] and [`Self::linear`] by default.
     ///
     /// # Errors

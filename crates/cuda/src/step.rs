@@ -12,7 +12,7 @@ use crate::device::CudaDevice;
 use crate::draw::{self, DrawScratch};
 use crate::graph::{self, Found, Recorded, Recorder, RecordingKey, Recordings};
 use crate::launch::Launch;
-use crate::linear::LinearScratch;
+use crate::linear::{Handover, LinearScratch};
 use crate::stream::{Event, PinnedBuffer, Stream};
 
 /// Parts of one allocation start at multiples of this: what every load of a kernel is aligned to.
@@ -198,6 +198,7 @@ pub struct CudaWorkspace {
     pub(crate) draws: DrawScratch,
     /// At the end of the inputs' memory.
     pub(crate) linear: LinearScratch,
+    pub(crate) handover: Handover,
     pub(crate) results: StepResults,
     recordings: Recordings,
 }
@@ -274,6 +275,7 @@ impl StepOps for CudaDevice {
             attention,
             draws,
             linear,
+            handover: Handover::default(),
             results: StepResults {
                 are_behind: false,
                 finished: Event::new(self.context())?,

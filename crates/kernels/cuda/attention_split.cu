@@ -277,19 +277,59 @@ __device__ __forceinline__ float fold_pieces(float (&x)[4], const AttendArgs& ar
     return state.sum;
 }
 
+// Four dimensions of a query head's result, which a thread stores.
+template <int D>
+struct Piece {
+    static constexpr int QUADS = D / 4;
+    int m;
+    int quad;
+
+    __device__ __forceinline__ explicit Piece(int index)
+        : m(index / QUADS), quad(index % QUADS * 4) {}
+
+    // Where they go in the linear's order.
+    __device__ __forceinline__ uint4 places(const AttendSplitArgs& all,
+                                            const Queries& queries) const {
+        const AttendArgs& args = all.attend;
+        const int head = queries.first_head + queries.head(args, m);
+        const uint32_t first = head * args.head_dim + quad;
+        if (all.out_places == nullptr) return {first, first + 1, first + 2, first + 3};
+        const bool is_there = queries.has(args, m) && quad < args.head_dim;
+        return __ldg(reinterpret_cast<const uint4*>(all.out_places + (is_there ? first : 0)));
+    }
+
+    // Stores them there.
+    __device__ __forceinline__ void store(const AttendSplitArgs& all, const Queries& queries,
+                                          const float (&x)[4], const uint4& places) const {
+        const AttendArgs& args = all.attend;
+        if (quad >= args.head_dim) return;
+        const int64_t row = queries.first_row + queries.row(args, m);
+        __half* out = all.ordered_out + row * args.heads * args.head_dim;
+        const __half2 low = clamped_half2(x[0], x[1]);
+        const __half2 high = clamped_half2(x[2], x[3]);
+        out[places.x] = __low2half(low);
+        out[places.y] = __high2half(low);
+        out[places.z] = __low2half(high);
+        out[places.w] = __high2half(high);
+    }
+};
+
 // Writes the results of all of the tile's query heads, four dimensions a lane: from f32
-// [HEADS_OF_WARP, RESULT_STRIDE] and `sums`, or, where `results` is null, from all pieces' parts.
+// [HEADS_OF_WARP, RESULT_STRIDE] and `sums`, or, where `results` is null, from all pieces' parts. `places` are
+// those of the thread's first piece, if results are stored in a linear's order.
 template <int D, bool IS_DIRECT>
-__device__ __forceinline__ void write_results(const AttendArgs& args, const Queries& queries,
+__device__ __forceinline__ void write_results(const AttendSplitArgs& all, const Queries& queries,
                                               const float* results, const float* sums,
-                                              int pieces) {
-    constexpr int QUADS = D / 4;
+                                              int pieces, uint4 places) {
+    const AttendArgs& args = all.attend;
+    constexpr int QUADS = Piece<D>::QUADS;
     const int lane = threadIdx.x % WARP_LANES;
     const int items = queries.rows * args.heads_per_tile * QUADS;
 #pragma unroll 1
     for (int first = threadIdx.x - lane; first < items; first += ATTEND_THREADS) {
-        const int m = (first + lane) / QUADS;
-        const int quad = (first + lane) % QUADS * 4;
+        const Piece<D> own(first + lane);
+        const int m = own.m;
+        const int quad = own.quad;
         const bool is_there = queries.has(args, m);
         float x[4] = {};
         float sum = 1.0f;
@@ -309,6 +349,11 @@ __device__ __forceinline__ void write_results(const AttendArgs& args, const Quer
         for (int i = 0; i < 4; ++i) x[i] = __fmul_rn(x[i], inverse);
         if (layout_of<IS_DIRECT>(args, true).is_quantised()) rotate_four(x, lane);
         if (!is_there) continue;
+        if (all.ordered_out != nullptr) {
+            if (first >= ATTEND_THREADS) places = own.places(all, queries);
+            own.store(all, queries, x, places);
+            continue;
+        }
         float* out = args.out + queries.query(args, m) * args.head_dim + quad;
         if (quad < args.head_dim) *reinterpret_cast<float2*>(out) = make_float2(x[0], x[1]);
         if (quad + 2 < args.head_dim) {
@@ -392,6 +437,9 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
     const bool has_own =
         is_fresh && (share.pieces - 1 - int(blockIdx.z)) % share.sharers == 0;
 
+    // What no kernel of the step writes.
+    uint4 places = {};
+    if (all.ordered_out != nullptr) places = Piece<D>(threadIdx.x).places(all, queries);
     if (!is_fresh) dependency_wait();
     const int first_piece = span.first_piece + blockIdx.z;
     TileRing<D, IS_DIRECT> ring(args, queries, span,
@@ -462,7 +510,7 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
     } else if (!is_last_sharer(args, share.sharers, shared.is_last)) {
         return;
     }
-    write_results<D, IS_DIRECT>(args, queries, results, shared.sums, share.pieces);
+    write_results<D, IS_DIRECT>(all, queries, results, shared.sums, share.pieces, places);
 }
 
 }  // namespace

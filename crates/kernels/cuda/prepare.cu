@@ -66,19 +66,14 @@ __device__ __forceinline__ Places load_places(const uint32_t* permutation, int f
     return places;
 }
 
-__device__ __forceinline__ __half2 clamped_pair(float low, float high) {
-    const __half2 most = __float2half2_rn(65504.0f);
-    // What rounds to infinity comes back here; NaN passes.
-    return __hmax2_nan(__hmin2_nan(__floats2half2_rn(low, high), most), __hneg2(most));
-}
-
 // Writes places `first..first + 4` of a row, zeros from `width` on.
 __device__ __forceinline__ void store_places(__half* out, int first, int width, Four y) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         if (first + i >= width) y.at[i] = 0.0f;
     }
-    __half2 pairs[2] = {clamped_pair(y.at[0], y.at[1]), clamped_pair(y.at[2], y.at[3])};
+    __half2 pairs[2] = {oxl::clamped_half2(y.at[0], y.at[1]),
+                        oxl::clamped_half2(y.at[2], y.at[3])};
     uint2 packed;
     packed.x = *reinterpret_cast<uint32_t*>(&pairs[0]);
     packed.y = *reinterpret_cast<uint32_t*>(&pairs[1]);

@@ -86,6 +86,12 @@ __device__ __forceinline__ float norm_scale(float square_sum, float inverse_widt
     return rsqrtf(__fmaf_rn(square_sum, inverse_width, epsilon));
 }
 
+// What rounds to infinity comes back to the largest number; NaN passes.
+__device__ __forceinline__ __half2 clamped_half2(float low, float high) {
+    const __half2 most = __float2half2_rn(65504.0f);
+    return __hmax2_nan(__hmin2_nan(__floats2half2_rn(low, high), most), __hneg2(most));
+}
+
 // As the reference defines them; each is x times a number from 0 to 1 that does not cancel.
 __device__ __forceinline__ float activate(int activation, float x) {
     if (activation == ACTIVATION_GELU_ERF) {

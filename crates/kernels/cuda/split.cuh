@@ -34,6 +34,11 @@ struct StepHeads {
 struct AttendSplitArgs {
     AttendArgs attend;
     StepHeads heads;
+    // f16 [rows, heads * head_dim]: where results go instead of `attend.out`, in the order of the linear that
+    // reads them; null: nowhere. Then head_dim is a multiple of 4.
+    __half* ordered_out;
+    // u32 [heads * head_dim], 16-byte aligned: each element's place in it; null: its own.
+    const uint32_t* out_places;
     // Where shared memory has the step's heads as they come, and tiles: bytes from its start.
     int32_t staging_at;
     int32_t tiles_at;

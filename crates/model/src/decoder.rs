@@ -365,6 +365,8 @@ impl<D: Device> LayerPass<'_, D> {
             scale: self.spec.residual_scale,
         };
         self.project(layer)?;
+        let output = &layer.linears.output;
+        self.adapted.announce_reader(output, self.workspace);
         self.attend(layer)?;
         let x = &self.activations.attended;
         let (out, store) = match layer.norms.post_attention {

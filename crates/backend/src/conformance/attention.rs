@@ -3,12 +3,13 @@
 use oxllama_memory::CacheFormat;
 
 use super::kept::Kept;
+use super::linear_cases::{exl2, region};
 use super::random::Random;
 use super::{Bench, CaseError, ConformanceError, Suite, differing_bits, oracle};
 use crate::quantised::GROUP;
 use crate::{
-    AttentionArgs, CacheShape, Device, HeadNorm, KvLayer, NormKind, PAGE_TOKENS, Rope, RopeStyle,
-    StepBatch, WorkspaceShape,
+    AttentionArgs, CacheShape, Device, HeadNorm, KvLayer, LinearOutput, NormKind, PAGE_TOKENS,
+    Rope, RopeStyle, StepBatch, Store, WorkspaceShape,
 };
 
 /// One attention layer and the sequences that pass through it.
@@ -79,6 +80,12 @@ pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), Conformance
                 let sequences = Sequences::draw(bench, &case, format, random.clone())?;
                 sequences.chunk_independence(bench)
             })?;
+            let is_usual = matches!(format, CacheFormat::F16 | CacheFormat::Q4);
+            if is_usual && matches!(words.as_str(), "groups" | "head") {
+                suite.case(format!("announced reader: {name}"), 0.0, |bench| {
+                    Sequences::draw(bench, &case, format, random.clone())?.announced_reader(bench)
+                })?;
+            }
         }
     }
     Ok(())
@@ -189,6 +196,14 @@ struct Sequences<'a, D: Device> {
     page_order: Vec<usize>,
     /// The sequences' tokens.
     tokens: Vec<Vec<Token>>,
+    /// Reads what attention gives; results are its own then.
+    reader: Option<Reader<D::Linear>>,
+}
+
+/// A linear of as many outputs as inputs.
+struct Reader<L> {
+    weights: L,
+    is_announced: bool,
 }
 
 /// What a token brings to attention.
@@ -251,6 +266,7 @@ impl<'a, D: Device> Sequences<'a, D> {
             norm_weights,
             page_order: random.permutation(2 * used_pages + 1),
             tokens,
+            reader: None,
         })
     }
 
@@ -386,8 +402,23 @@ impl<'a, D: Device> Sequences<'a, D> {
             softcap: case.softcap,
             window: case.window,
         };
+        if let Some(reader) = self.reader.as_ref().filter(|reader| reader.is_announced) {
+            bench.device.announce_reader(&reader.weights, workspace);
+        }
         bench.device.attention(args, workspace)?;
-        bench.read(&out, elements)
+        let Some(Reader { weights, .. }) = &self.reader else {
+            return bench.read(&out, elements);
+        };
+        let mut read = bench.output(elements)?;
+        let output = LinearOutput {
+            weights,
+            out: &mut read,
+        };
+        let rows = rows.len();
+        bench
+            .device
+            .linear(&out, output, Store::Overwrite, rows, workspace)?;
+        bench.read(&read, elements)
     }
 
     /// `[sequences, pages_per_sequence]`: each sequence keeps its pages from step to step;
@@ -488,6 +519,31 @@ impl<'a, D: Device> Sequences<'a, D> {
                 let (found, _) = self.play(bench, &[sequence], chunk)?;
                 differing += differing_bits(&found[sequence].concat(), &expected.concat());
             }
+        }
+        Ok(differing)
+    }
+
+    /// Numbers that differ when the linear that reads attention is announced: with one row of each
+    /// sequence in a step, and with all.
+    fn announced_reader(mut self, bench: &Bench<'_, D>) -> Result<f64, CaseError> {
+        let width = self.case.heads * self.case.head_dim;
+        let linear = exl2(vec![region(4, width, 32)], width, Some(7));
+        let weights = bench.load(&linear.random(&mut Random::for_case("reader")))?;
+        self.reader = Some(Reader {
+            weights,
+            is_announced: false,
+        });
+        let mut differing = 0.0;
+        for chunk in [1, usize::MAX] {
+            let mut runs = Vec::new();
+            for is_announced in [false, true] {
+                self.reader = self.reader.map(|reader| Reader {
+                    is_announced,
+                    ..reader
+                });
+                runs.push(self.play(bench, &self.all(), chunk)?.0.concat().concat());
+            }
+            differing += differing_bits(&runs[1], &runs[0]);
         }
         Ok(differing)
     }

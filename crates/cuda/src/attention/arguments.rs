@@ -93,6 +93,8 @@ pub(super) struct StepHeads {
 pub(super) struct AttendSplitArgs {
     pub(super) attend: AttendArgs,
     pub(super) heads: StepHeads,
+    pub(super) ordered_out: CUdeviceptr,
+    pub(super) out_places: CUdeviceptr,
     pub(super) staging_at: i32,
     pub(super) tiles_at: i32,
     pub(super) tiles_alone: i32,
@@ -131,7 +133,7 @@ mod tests {
         assert_eq!(size_of::<StepHeads>(), 6 * 8 + 8 * 4);
         assert_eq!(
             size_of::<AttendSplitArgs>(),
-            size_of::<AttendArgs>() + size_of::<StepHeads>() + 16
+            size_of::<AttendArgs>() + size_of::<StepHeads>() + 2 * 8 + 4 * 4
         );
         assert_eq!(size_of::<AttendExactArgs>(), 7 * 8 + 8 * 4);
     }

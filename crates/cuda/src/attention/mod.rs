@@ -23,6 +23,7 @@ use crate::context::GpuInfo;
 use crate::device::CudaDevice;
 use crate::error::CudaUnavailable;
 use crate::launch::Launch;
+use crate::linear::{Made, Reader};
 use crate::module::{Kernel, Modules};
 use crate::prepare::norm_number;
 use crate::step::{CudaWorkspace, StepInputs};
@@ -145,6 +146,7 @@ impl AttentionOps for CudaDevice {
         args: AttentionArgs<'_, CudaBuffer>,
         workspace: &mut CudaWorkspace,
     ) -> Result<(), DeviceError> {
+        let reader = workspace.handover.reader();
         let inputs = &workspace.inputs;
         let scratch = &workspace.attention;
         let extents = self.check_attention(&args, inputs, scratch)?;
@@ -162,7 +164,24 @@ impl AttentionOps for CudaDevice {
             let all = 0..tiles.split() + tiles.walked();
             return self.attend_walk(&args, all, &extents, inputs, scratch);
         }
-        self.attend_split(&args, heads, &extents, inputs, scratch)?;
+        // Rows of long runs are not walked through then.
+        let ordered = reader
+            .filter(|reader| heads.is_fresh != 0 && Self::may_order(reader, &extents))
+            .and_then(|reader| {
+                let out = workspace
+                    .linear
+                    .activations(0, extents.rows, reader.width)?;
+                Some((reader, out))
+            });
+        self.attend_split(&args, (heads, ordered), &extents, inputs, scratch)?;
+        if let Some((reader, _)) = ordered {
+            workspace.handover.leave(Made {
+                source: args.out.address(),
+                rows: extents.rows,
+                reader,
+            });
+            return Ok(());
+        }
         let long = tiles.split()..tiles.split() + tiles.walked();
         self.attend_walk(&args, long, &extents, inputs, scratch)
     }
@@ -218,6 +237,13 @@ impl CudaDevice {
             score_factor,
             cap_factor,
         })
+    }
+
+    /// Whether results can be written as a linear wants them.
+    fn may_order(reader: &Reader, extents: &Extents) -> bool {
+        let head_dim = extents.cache.head_dim;
+        let width = extents.heads * head_dim;
+        reader.width == width && head_dim.is_multiple_of(4)
     }
 
     /// What the step's rows bring, and how it is normed and rotated.
@@ -351,11 +377,11 @@ impl CudaDevice {
         }
     }
 
-    /// Rows of short runs.
+    /// Rows of short runs; their results go to `ordered` instead, if it is given, for its reader.
     fn attend_split(
         &self,
         args: &AttentionArgs<'_, CudaBuffer>,
-        heads: StepHeads,
+        (heads, ordered): (StepHeads, Option<(Reader, CUdeviceptr)>),
         extents: &Extents,
         inputs: &StepInputs,
         scratch: &AttentionScratch,
@@ -380,6 +406,8 @@ impl CudaDevice {
         let kernel_args = AttendSplitArgs {
             attend: Self::attend_args(args, extents, inputs, scratch, tiling),
             heads,
+            ordered_out: ordered.map_or(0, |(_, out)| out),
+            out_places: ordered.map_or(0, |(reader, _)| reader.order.places.unwrap_or(0)),
             staging_at: memory.staging_at as i32,
             tiles_at: memory.tiles_at as i32,
             tiles_alone: split.tiles_alone as i32,

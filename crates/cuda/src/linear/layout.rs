@@ -70,6 +70,8 @@ pub(crate) struct Layout {
     pub(crate) range_table: usize,
     /// u32 `[in_features]`
     pub(crate) permutation: usize,
+    /// u32 `[in_features]`: its inverse
+    pub(crate) places: usize,
     /// f32 `[out_features]`
     pub(crate) bias: usize,
     /// One word that loading floats needs.
@@ -103,6 +105,7 @@ impl Layout {
             Encoding::Gptq { act_order, .. } => act_order,
             Encoding::Float(_) => false,
         };
+        let order_bytes = if has_order { header.in_features * 4 } else { 0 };
         let is_float = matches!(header.encoding, Encoding::Float(_));
         let mut end = 0;
         let mut part = |bytes: usize| {
@@ -121,7 +124,8 @@ impl Layout {
             zeros: part(tiles * groups * zero_bytes),
             block_table: part(blocks * size_of::<BlockInfo>()),
             range_table: part(most_table_bytes(blocks)),
-            permutation: part(if has_order { header.in_features * 4 } else { 0 }),
+            permutation: part(order_bytes),
+            places: part(order_bytes),
             bias: part(if header.bias {
                 header.out_features * 4
             } else {

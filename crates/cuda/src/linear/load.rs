@@ -14,7 +14,7 @@ use oxllama_memory::{Bytes, Reservation};
 use super::layout::{Layout, TILE_OUTPUTS, UNIT_BYTES, block_table, groups, section_ends};
 use super::plan::{Limits, Plan};
 use super::ranges::range_table;
-use super::{CudaLinear, LinearMemory};
+use super::{CudaLinear, LinearMemory, Order};
 use crate::buffer::CudaBuffer;
 use crate::context::Context;
 use crate::device::CudaDevice;
@@ -473,6 +473,8 @@ impl Load<'_> {
         )?;
         let order = self.part(self.layout.permutation);
         self.upload(bytemuck::cast_slice(permutation), order)?;
+        let places = inverse(permutation);
+        self.upload(bytemuck::cast_slice(&places), self.part(self.layout.places))?;
         if let Some(bias) = source.bias() {
             self.upload(bytemuck::cast_slice(&bias), self.part(self.layout.bias))?;
         }
@@ -506,6 +508,15 @@ fn permutation(source: &LinearSource<'_>) -> Vec<u32> {
         .enumerate()
         .all(|(at, &from)| at == from as usize);
     if is_identity { Vec::new() } else { order }
+}
+
+/// Where each input goes, of an order of all.
+fn inverse(permutation: &[u32]) -> Vec<u32> {
+    let mut places = vec![0; permutation.len()];
+    for (place, &input) in permutation.iter().enumerate() {
+        places[input as usize] = place as u32;
+    }
+    places
 }
 
 impl CudaDevice {
@@ -558,12 +569,11 @@ impl CudaDevice {
             in_features: header.in_features,
             out_features: header.out_features,
             matrix: layout.matrix(buffer.address(), &sections, scale),
-            permutation: if order.is_empty() {
-                None
-            } else {
-                at(layout.permutation)
+            order: Order {
+                hash: super::hash_of(&order),
+                permutation: at(layout.permutation).filter(|_| !order.is_empty()),
+                places: at(layout.places).filter(|_| !order.is_empty()),
             },
-            order: super::hash_of(&order),
             bias: if header.bias { at(layout.bias) } else { None },
             plan,
             layout,

@@ -1,6 +1,7 @@
 //! Linear weights on the device, and products with them.
 
 mod blaslt;
+mod handover;
 mod host;
 mod launch;
 mod layout;
@@ -23,6 +24,7 @@ use crate::prepare::{MOST_PREPARED, Prepare, PreparedRows};
 use crate::step::CudaWorkspace;
 use crate::stream::PinnedBuffer;
 pub(crate) use blaslt::{BlasLt, Product};
+pub(crate) use handover::{Handover, Made, Reader};
 pub(crate) use launch::LinearKernels;
 use launch::Operand;
 use layout::{Layout, TileMatrix};
@@ -42,14 +44,32 @@ pub struct CudaLinear {
     layout: Layout,
     plan: Plan,
     matrix: TileMatrix,
-    /// u32 `[in_features]`: the input at each packed place; `None`: its own.
-    permutation: Option<CUdeviceptr>,
-    /// Tells permutations apart; equal for those that are none.
-    order: u64,
+    order: Order,
     /// f32 `[out_features]`
     bias: Option<CUdeviceptr>,
     /// Where all of it lies.
     _memory: LinearMemory,
+}
+
+/// An order of inputs.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Order {
+    /// Tells orders apart; equal for those that are inputs as they come.
+    hash: u64,
+    /// u32 `[in_features]`: the input at each packed place; `None`: its own.
+    permutation: Option<CUdeviceptr>,
+    /// u32 `[in_features]`: each input's packed place; `None`: its own.
+    pub(crate) places: Option<CUdeviceptr>,
+}
+
+impl Order {
+    /// Inputs as they come.
+    fn plain() -> Self {
+        Self {
+            hash: hash_of(&[]),
+            ..Self::default()
+        }
+    }
 }
 
 /// Memory that kernels read weights from, kept for as long as they do.
@@ -70,8 +90,7 @@ fn hash_of(order: &[u32]) -> u64 {
 /// Which orders of inputs a run of linears needs.
 #[derive(Debug, Default)]
 struct Orders {
-    /// Hash, and where the permutation lies.
-    distinct: [(u64, Option<CUdeviceptr>); MOST_PREPARED],
+    distinct: [Order; MOST_PREPARED],
     count: usize,
 }
 
@@ -79,14 +98,15 @@ impl Orders {
     /// The place of `weights`' order among at most `most`; `None` if it would be one more.
     fn slot_of(&mut self, weights: &CudaLinear, most: usize) -> Option<usize> {
         let known = &self.distinct[..self.count];
-        if let Some(slot) = known.iter().position(|&(hash, _)| hash == weights.order) {
+        let is_same = |order: &Order| order.hash == weights.order.hash;
+        if let Some(slot) = known.iter().position(is_same) {
             return Some(slot);
         }
         let slot = self.count;
         if slot == most {
             return None;
         }
-        self.distinct[slot] = (weights.order, weights.permutation);
+        self.distinct[slot] = weights.order;
         self.count += 1;
         Some(slot)
     }
@@ -94,17 +114,19 @@ impl Orders {
 
 impl CudaDevice {
     /// `out_i ← store(W_i · x + bias_i)` for linears that read one input, which `rows` says how
-    /// to make; its outputs and padding are filled in here.
+    /// to make unless the operation before has; its outputs and padding are filled in here.
     fn multiply_shared(
         &self,
         rows: Prepare<'_>,
         linears: &mut [LinearOutput<'_, CudaLinear, CudaBuffer>],
         store: Store,
         scratch: &LinearScratch,
+        handover: &mut Handover,
     ) -> Result<(), DeviceError> {
         if rows.rows > scratch.rows {
             return Err(self.too_many_rows(rows.rows, scratch));
         }
+        let is_made = handover.has_made(&rows, linears);
         let most_orders = if rows.rows > FEW_ROWS {
             1
         } else {
@@ -124,7 +146,7 @@ impl CudaDevice {
             }
             let (group, later) = rest.split_at_mut(count);
             rest = later;
-            self.multiply_group(rows, &orders, group, &slots, store, scratch)?;
+            self.multiply_group((rows, is_made), &orders, group, &slots, store, scratch)?;
         }
         Ok(())
     }
@@ -138,11 +160,11 @@ impl CudaDevice {
         }
     }
 
-    /// The same for linears of few enough orders of inputs, in one launch each of preparation
-    /// and product.
+    /// The same for linears of few enough orders of inputs, in one launch each of preparation,
+    /// unless the rows are made already, and product.
     fn multiply_group(
         &self,
-        mut rows: Prepare<'_>,
+        (mut rows, is_made): (Prepare<'_>, bool),
         orders: &Orders,
         group: &mut [LinearOutput<'_, CudaLinear, CudaBuffer>],
         slots: &[usize; MOST_MATRICES],
@@ -157,7 +179,7 @@ impl CudaDevice {
         }; MOST_PREPARED];
         for (slot, prepared) in prepared[..orders.count].iter_mut().enumerate() {
             let out = scratch.activations(slot, rows.rows, rows.padded_width);
-            prepared.permutation = orders.distinct[slot].1;
+            prepared.permutation = orders.distinct[slot].permutation;
             prepared.out = out.ok_or_else(|| self.too_many_rows(rows.rows, scratch))?;
         }
         let unused = Operand {
@@ -180,7 +202,9 @@ impl CudaDevice {
         // SAFETY: the scratch holds the rows of every order; permutations belong to weights of
         // this width; outputs hold as many rows, and all of it outlives the step.
         unsafe {
-            self.prepare(rows, &prepared[..orders.count])?;
+            if !is_made {
+                self.prepare(rows, &prepared[..orders.count])?;
+            }
             self.multiply(&operands[..group.len()], rows.rows, store, scratch)
         }
     }
@@ -258,7 +282,10 @@ impl LinearOps for CudaDevice {
         workspace: &mut CudaWorkspace,
     ) -> Result<(), DeviceError> {
         let rows = plain_rows(x, rows, output.weights.in_features);
-        self.multiply_shared(rows, &mut [output], store, &workspace.linear)
+        let CudaWorkspace {
+            linear, handover, ..
+        } = workspace;
+        self.multiply_shared(rows, &mut [output], store, linear, handover)
     }
 
     fn norm_linears(
@@ -273,7 +300,14 @@ impl LinearOps for CudaDevice {
             norm: args.norm,
             ..plain_rows(args.x, args.rows, first.weights.in_features)
         };
-        self.multiply_shared(rows, args.linears, Store::Overwrite, &workspace.linear)
+        let CudaWorkspace {
+            linear, handover, ..
+        } = workspace;
+        self.multiply_shared(rows, args.linears, Store::Overwrite, linear, handover)
+    }
+
+    fn announce_reader(&self, weights: &CudaLinear, workspace: &mut CudaWorkspace) {
+        workspace.handover.announce(weights);
     }
 
     fn gated_linear(
@@ -289,6 +323,9 @@ impl LinearOps for CudaDevice {
             weights: args.weights,
             out: args.out,
         };
-        self.multiply_shared(rows, &mut [output], args.store, &workspace.linear)
+        let CudaWorkspace {
+            linear, handover, ..
+        } = workspace;
+        self.multiply_shared(rows, &mut [output], args.store, linear, handover)
     }
 }

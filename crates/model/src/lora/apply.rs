@@ -16,6 +16,13 @@ pub(crate) struct AdaptedLayer<'a, D: Device> {
 }
 
 impl<D: Device> AdaptedLayer<'_, D> {
+    /// [`oxllama_backend::LinearOps::announce_reader`], where no adapter reads it as well.
+    pub(crate) fn announce_reader(&self, weights: &D::Linear, workspace: &mut D::Workspace) {
+        if self.groups.is_empty() {
+            self.device.announce_reader(weights, workspace);
+        }
+    }
+
     /// [`oxllama_backend::LinearOps::norm_linears`] of the linears `slots`.
     pub(crate) fn norm_linears(
         &mut self,
