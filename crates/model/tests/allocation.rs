@@ -73,12 +73,20 @@ fn allocations<D: Device>(
     for step in [&prompt, &decode] {
         model.run(step).expect("a step");
     }
-    let before = allocations_so_far();
-    for step in [&prompt, &decode] {
-        model.run(step).expect("a step");
-    }
-    allocations_so_far() - before
+    let mut run = || {
+        let before = allocations_so_far();
+        for step in [&prompt, &decode] {
+            model.run(step).expect("a step");
+        }
+        allocations_so_far() - before
+    };
+    // The threads that have loaded the model allocate now and then while they look for more work,
+    // and soon sleep; what a step allocates, it allocates every time.
+    (0..MOST_RUNS).map(|_| run()).min().unwrap_or(usize::MAX)
 }
+
+/// Runs of the measured steps, of which the best counts.
+const MOST_RUNS: usize = 10;
 
 #[test]
 fn steps_allocate_nothing() {

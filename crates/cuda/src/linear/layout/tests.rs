@@ -265,7 +265,8 @@ fn a_header_says_where_every_part_lies() {
     assert_eq!(layout.range_table - layout.block_table, aligned(9 * 8));
     let table_bytes = aligned(most_table_bytes(9));
     assert_eq!(layout.permutation - layout.range_table, table_bytes);
-    assert_eq!(layout.bias - layout.permutation, aligned(288 * 4));
+    assert_eq!(layout.places - layout.permutation, aligned(288 * 4));
+    assert_eq!(layout.bias - layout.places, aligned(288 * 4));
     assert_eq!(layout.total, layout.bias + aligned(72 * 4));
 
     let layout = Layout::new(&LinearHeader {
