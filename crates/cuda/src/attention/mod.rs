@@ -164,7 +164,7 @@ impl AttentionOps for CudaDevice {
             let all = 0..tiles.split() + tiles.walked();
             return self.attend_walk(&args, all, &extents, inputs, scratch);
         }
-        // Rows of long runs are not walked through then.
+        // Every sequence has one row then: there are no long runs to walk through.
         let ordered = reader
             .filter(|reader| heads.is_fresh != 0 && Self::may_order(reader, &extents))
             .and_then(|reader| {

@@ -581,3 +581,16 @@ impl CudaDevice {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_input_is_found_at_its_place() {
+        let permutation = [3, 0, 4, 1, 2];
+        let places = inverse(&permutation);
+        assert_eq!(places, [1, 3, 4, 0, 2]);
+        assert_eq!(inverse(&places), permutation);
+    }
+}
