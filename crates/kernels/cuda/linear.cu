@@ -54,7 +54,7 @@ __device__ __forceinline__ void fill_rows(const LinearArgs& args, const __half* 
         char* to = place + piece / 4 * block_bytes + piece % 4 * 16;
 #pragma unroll 4
         for (int row = 0; row < args.rows; ++row) {
-            copy_async(to, from, 1);
+            copy_async<16>(to, from);
             from += stride * sizeof(__half);
             to += ROW_BLOCK_BYTES;
         }

@@ -64,7 +64,7 @@ __device__ __forceinline__ void copy_rows(const LinearArgs& args, const __half* 
         const int row = piece / 4 % ROWS;
         const int64_t at = int64_t(min(row, args.rows - 1)) * stride * sizeof(__half) +
                            piece / (4 * ROWS) * ROW_BLOCK_BYTES + piece % 4 * PIECE_BYTES;
-        copy_async(places + piece * PIECE_BYTES, from + at, 1);
+        copy_async<PIECE_BYTES>(places + piece * PIECE_BYTES, from + at);
     }
     commit_copies();
     wait_for_copies<0>();

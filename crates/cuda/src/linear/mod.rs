@@ -120,13 +120,13 @@ impl CudaDevice {
         rows: Prepare<'_>,
         linears: &mut [LinearOutput<'_, CudaLinear, CudaBuffer>],
         store: Store,
-        scratch: &LinearScratch,
-        handover: &mut Handover,
+        workspace: &mut CudaWorkspace,
     ) -> Result<(), DeviceError> {
+        let is_made = workspace.handover.has_made(&rows, linears);
+        let scratch = &workspace.linear;
         if rows.rows > scratch.rows {
             return Err(self.too_many_rows(rows.rows, scratch));
         }
-        let is_made = handover.has_made(&rows, linears);
         let most_orders = if rows.rows > FEW_ROWS {
             1
         } else {
@@ -282,10 +282,7 @@ impl LinearOps for CudaDevice {
         workspace: &mut CudaWorkspace,
     ) -> Result<(), DeviceError> {
         let rows = plain_rows(x, rows, output.weights.in_features);
-        let CudaWorkspace {
-            linear, handover, ..
-        } = workspace;
-        self.multiply_shared(rows, &mut [output], store, linear, handover)
+        self.multiply_shared(rows, &mut [output], store, workspace)
     }
 
     fn norm_linears(
@@ -300,10 +297,7 @@ impl LinearOps for CudaDevice {
             norm: args.norm,
             ..plain_rows(args.x, args.rows, first.weights.in_features)
         };
-        let CudaWorkspace {
-            linear, handover, ..
-        } = workspace;
-        self.multiply_shared(rows, args.linears, Store::Overwrite, linear, handover)
+        self.multiply_shared(rows, args.linears, Store::Overwrite, workspace)
     }
 
     fn announce_reader(&self, weights: &CudaLinear, workspace: &mut CudaWorkspace) {
@@ -323,9 +317,6 @@ impl LinearOps for CudaDevice {
             weights: args.weights,
             out: args.out,
         };
-        let CudaWorkspace {
-            linear, handover, ..
-        } = workspace;
-        self.multiply_shared(rows, &mut [output], args.store, linear, handover)
+        self.multiply_shared(rows, &mut [output], args.store, workspace)
     }
 }
