@@ -223,6 +223,32 @@ struct SplitBlock {
         }
     }
 
+    // Folds a piece into the whole.
+    static __device__ __forceinline__ void fold_piece(LaneStates& whole,
+                                                      float (&result)[PAIRS][2][4],
+                                                      const LaneStates& states,
+                                                      const float (&kept)[PAIRS][2][4]) {
+        FoldFactors factors[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) factors[i] = fold_state(whole.rows[i], states.rows[i]);
+#pragma unroll
+        for (int i = 0; i < PAIRS * 8; ++i) {
+            float& x = result[i / 8][i / 4 % 2][i % 4];
+            x = fold(x, kept[i / 8][i / 4 % 2][i % 4], factors[i % 4 / 2]);
+        }
+    }
+
+    // Writes the whole to shared memory, where tiles were, all of which have been used.
+    __device__ __forceinline__ void write_whole(float* results, const LaneStates& whole,
+                                                const float (&result)[PAIRS][2][4]) {
+        write(result, [&](int m) { return results + m * RESULT_STRIDE<D>; });
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int m = lane / 4 + 8 * i;
+            if (warp == 0 && lane % 4 == 0) shared.sums[m] = whole.rows[i].sum;
+        }
+    }
+
     // Writes a piece's part for the block that folds all.
     __device__ __forceinline__ void write_piece(int piece, const LaneStates& states,
                                                 const float (&kept)[PAIRS][2][4]) const {
@@ -478,14 +504,7 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
         __syncthreads();
         if (++tile <= span.last_tile_of(piece)) continue;
         if (is_alone) {
-            FoldFactors factors[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) factors[i] = fold_state(whole.rows[i], states.rows[i]);
-#pragma unroll
-            for (int i = 0; i < Block::PAIRS * 8; ++i) {
-                float& x = result[i / 8][i / 4 % 2][i % 4];
-                x = fold(x, kept[i / 8][i / 4 % 2][i % 4], factors[i % 4 / 2]);
-            }
+            Block::fold_piece(whole, result, states, kept);
         } else {
             block.write_piece(piece - span.first_piece, states, kept);
         }
@@ -499,13 +518,7 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
     float* results = nullptr;
     if (is_alone) {
         results = reinterpret_cast<float*>(dynamic_shared + all.tiles_at);
-        // Where tiles were, all of which have been used.
-        block.write(result, [&](int m) { return results + m * RESULT_STRIDE<D>; });
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int m = block.lane / 4 + 8 * i;
-            if (block.warp == 0 && block.lane % 4 == 0) shared.sums[m] = whole.rows[i].sum;
-        }
+        block.write_whole(results, whole, result);
         __syncthreads();
     } else if (!is_last_sharer(args, share.sharers, shared.is_last)) {
         return;
