@@ -33,21 +33,49 @@ struct MemoryReader {
     }
 };
 
+// (code - zero) of a pair of codes that begin at bit `at`: 1024 + code 2^at, exactly, is brought down to
+// it in one operation.
+__device__ __forceinline__ uint32_t centred(uint32_t pair, int at, uint32_t zero) {
+    const uint32_t factor = (15u - at) << 10;
+    const uint32_t offset = 0xe400u - (uint32_t(at) << 10) + (zero << at);
+    uint32_t result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;"
+        : "=r"(result)
+        : "r"(pair | 0x64006400u), "r"(factor * 0x10001u), "r"(offset * 0x10001u));
+    return result;
+}
+
+// The weights of a lane before their scale. `zeros`: those of its outputs, in bytes.
+template <int BITS>
+__device__ __forceinline__ void take_centred(uint32_t zeros, const MemoryReader& reader, int lane,
+                                             LaneWeights& weights) {
+    take_weights<BITS>(reader, lane, weights);
+    if constexpr (BITS != BITS_FLOAT) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (uint32_t& pair : weights.pairs[i]) {
+                pair = centred(pair, field_bit(BITS, i), zeros >> (8 * i) & 0xff);
+            }
+        }
+    }
+}
+
 __device__ __forceinline__ void take_any(const TileMatrix& matrix, int bits, uint32_t zeros,
                                          const MemoryReader& reader, int lane,
                                          LaneWeights& weights) {
     if (matrix.encoding == ENCODING_GPTQ) {
-        take_zeroed(reader, lane, zeros, weights);
+        take_centred<4>(zeros, reader, lane, weights);
         return;
     }
     switch (bits) {
-        case 2: take_weights<2>(reader, lane, weights); break;
-        case 3: take_weights<3>(reader, lane, weights); break;
-        case 4: take_weights<4>(reader, lane, weights); break;
-        case 5: take_weights<5>(reader, lane, weights); break;
-        case 6: take_weights<6>(reader, lane, weights); break;
-        case 8: take_weights<8>(reader, lane, weights); break;
-        default: take_weights<BITS_FLOAT>(reader, lane, weights);
+        case 2: take_centred<2>(0x02020202u, reader, lane, weights); break;
+        case 3: take_centred<3>(0x04040404u, reader, lane, weights); break;
+        case 4: take_centred<4>(0x08080808u, reader, lane, weights); break;
+        case 5: take_centred<5>(0x10101010u, reader, lane, weights); break;
+        case 6: take_centred<6>(0x20202020u, reader, lane, weights); break;
+        case 8: take_centred<8>(0x80808080u, reader, lane, weights); break;
+        default: take_centred<BITS_FLOAT>(0, reader, lane, weights);
     }
 }
 

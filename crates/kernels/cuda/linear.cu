@@ -15,7 +15,7 @@
 //
 // Launch: grid = multiprocessors, at most a tile each; block = 32 * ranges; dynamic shared memory =
 // ranges * (SLOTS * SLOT_BYTES + 64 * rows * range_blocks + 128 * rows * tile_buffers +
-// 8 * matrices * range_blocks).
+// 8 * matrices * range_units).
 #include "units.cuh"
 
 namespace oxl {
@@ -29,10 +29,10 @@ __device__ __forceinline__ void load_tables(const LinearArgs& args, int first, i
         const uint4* table = args.matrices[i].matrix.range_table;
         const Unit* from =
             reinterpret_cast<const Unit*>(table + ranges) + warp * args.range_blocks;
-        Unit* to = units + i * args.range_blocks;
+        Unit* to = units + i * args.range_units;
         if (lane == 0) copy_async<16>(own + i, table + warp);
 #pragma unroll 1
-        for (int unit = lane; unit < args.range_blocks; unit += WARP_LANES) {
+        for (int unit = lane; unit < args.range_units; unit += WARP_LANES) {
             copy_async<8>(to + unit, from + unit);
         }
     }
@@ -176,7 +176,7 @@ __device__ __forceinline__ void linear_few(const LinearArgs& args) {
     const int sum_floats = rows * TILE_OUTPUTS;
     float* all_sums =
         reinterpret_cast<float*>(shared + ranges * (RING + args.range_blocks * block_bytes));
-    const int own_units = args.matrix_count * args.range_blocks;
+    const int own_units = args.matrix_count * args.range_units;
     Unit* units =
         reinterpret_cast<Unit*>(all_sums + args.tile_buffers * ranges * sum_floats) +
         warp * own_units;
@@ -184,7 +184,7 @@ __device__ __forceinline__ void linear_few(const LinearArgs& args) {
     const int last_index = matrix_of(args, item_end - 1);
     load_tables(args, index, last_index, warp, lane, ranges, units, all_ranges[warp]);
 
-    Stream<1> stream = {args, ring, units, all_ranges[warp], args.range_blocks, lane, item_end};
+    Stream<1> stream = {args, ring, units, all_ranges[warp], args.range_units, lane, item_end};
     stream.x.block_bytes = block_bytes;
     stream.slot = 0;
     stream.cursor.stride = 1;
@@ -210,13 +210,13 @@ __device__ __forceinline__ void linear_few(const LinearArgs& args) {
     for (int item = first_item; item < item_end;) {
         const LinearMatrix& target = args.matrices[index];
         const int matrix_end = target.first_item + target.matrix.tiles;
-        const Unit* unit = units + index * args.range_blocks;
+        const Unit* unit = units + index * args.range_units;
+        const int unit_count = all_ranges[warp][index].units;
         if (x_source != target.x) {
             x_source = target.x;
             fill_rows(args, x_source, lane, begin, end - begin, places);
         }
-        stream.multiply_range(unit, unit + all_ranges[warp][index].units,
-                              target.matrix.encoding == ENCODING_EXL2, x_lane);
+        stream.multiply_range(unit, unit + unit_count, x_lane);
         put_row_tile(stream.sums[0], lane, rows, own_sums + buffer * ranges * sum_floats);
         ++item;
         if (++buffer == args.tile_buffers || item == item_end) {
@@ -232,7 +232,9 @@ __device__ __forceinline__ void linear_few(const LinearArgs& args) {
 
 }  // namespace oxl
 
-extern "C" __global__ void __launch_bounds__(512, 1)
+// As if there were more threads, so that few registers are taken: beside a CTA there is room for those of the kernel
+// that prepares the next product's rows, which otherwise starts late.
+extern "C" __global__ void __launch_bounds__(640, 1)
     oxl_linear_few(const __grid_constant__ LinearArgs args) {
     oxl::linear_few(args);
 }

@@ -45,9 +45,11 @@ struct LinearArgs {
     int32_t items;         // of this launch
     int32_t blocks;        // of K
     int32_t range_blocks;  // of the longest range
+    int32_t range_units;   // of the range that has most of them, of all matrices
     int32_t tile_buffers;  // of `oxl_linear_few`: tiles whose sums have room in shared memory
     int32_t parts_shift;   // of `oxl_linear_..`: 2^parts_shift CTAs share a tile's K
     int32_t part_blocks;   // of the longest part of K
+    int32_t reserved;
     LinearMatrix matrices[oxl::MOST_MATRICES];
 };
 
@@ -85,8 +87,8 @@ __device__ __forceinline__ void multiply_block(const LaneWeights& weights, const
 
 // sums += scales * part
 template <int ROW_TILES>
-__device__ __forceinline__ void add_group(const float (&scales)[4], const Sums<ROW_TILES>& part,
-                                          Sums<ROW_TILES>& sums) {
+__device__ __forceinline__ void add_scaled(const float (&scales)[4], const Sums<ROW_TILES>& part,
+                                           Sums<ROW_TILES>& sums) {
 #pragma unroll
     for (int tile = 0; tile < ROW_TILES; ++tile) {
 #pragma unroll

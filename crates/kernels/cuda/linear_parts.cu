@@ -13,21 +13,22 @@
 // joins them in a fixed order.
 //
 // Launch: grid = 2^parts_shift * shares, a multiple; block = 32 * warps: 12, 12, 8 and 12 warps at most for up to
-// 8, 16, 24 and 32 rows, the latter 8 for other compute capabilities than 9.0; dynamic shared memory, with R rows up to the next multiple of 8, = warps *
-// SLOTS * SLOT_BYTES + 64 * R * part_blocks + 8 * matrices * ranges of a part * range_blocks, and warps *
-// 128 * R for two ranges of a part, twice that for four.
+// 8, 16, 24 and 32 rows, the latter 8 for other compute capabilities than 9.0; dynamic shared memory, with R rows up
+// to the next multiple of 8, = warps * SLOTS * SLOT_BYTES + 64 * R * part_blocks + 8 * matrices * ranges of a part *
+// range_units, and warps * 128 * R for two ranges of a part, twice that for four.
 #include "units.cuh"
 
 namespace oxl {
 
-// For 25 to 32 rows: threads of a CTA, and partial sums that are loaded at once. As many as the compiler finds
-// registers for.
+// Threads of a CTA of 25 to 32 rows: as many as the compiler finds registers for. And for how many registers are
+// dealt out with 9 to 16 rows: more than the 384 that there are, if few registers are worth it (see linear.cu)
+// and it finds enough.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int THREADS_OF_32 = 384;
-constexpr int LOADS_OF_32 = 4;
+constexpr int DEALT_THREADS_OF_16 = 512;
 #else
 constexpr int THREADS_OF_32 = 256;
-constexpr int LOADS_OF_32 = 8;
+constexpr int DEALT_THREADS_OF_16 = 384;
 #endif
 
 // What all warps of a CTA multiply of a matrix' tiles: units of all the part's ranges.
@@ -112,20 +113,14 @@ __device__ __forceinline__ void take_range(Sums<ROW_TILES>& sums, int number, in
     }
 }
 
-// A tile of the launch.
-struct Tile {
-    int item;    // negative: none
-    int matrix;  // that it is of
-};
-
 // Stores a lane's sums of a tile.
 template <int ROW_TILES>
-__device__ __forceinline__ void store_sums(const LinearArgs& args, const Tile& done,
+__device__ __forceinline__ void store_sums(const LinearArgs& args, int item,
                                            const Sums<ROW_TILES>& sums) {
-    const LinearMatrix& target = args.matrices[done.matrix];
+    const LinearMatrix& target = args.matrices[matrix_of(args, item)];
     // Asked for here, so that what depends on it does not take registers all along.
     const int lane = lane_number();
-    const int first = (done.item - target.first_item) * TILE_OUTPUTS + lane / 4;
+    const int first = (item - target.first_item) * TILE_OUTPUTS + lane / 4;
     float bias[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -148,15 +143,16 @@ __device__ __forceinline__ void store_sums(const LinearArgs& args, const Tile& d
             }
         };
         // Loaded before any is stored: the compiler would have each load wait for the store before it.
-        float before[8];
+        float before[8] = {};
         if (args.accumulate) {
             each_place([&](int place, float, const float* out, bool is_there) {
                 before[place] = is_there ? *out : 0.0f;
             });
         }
+        const float store_scale = args.accumulate ? args.store_scale : 1.0f;
         each_place([&](int place, float sum, float* out, bool is_there) {
             const float y = fmaf(target.matrix.scale, sum, bias[place % 4]);
-            if (is_there) *out = args.accumulate ? fmaf(args.store_scale, y, before[place]) : y;
+            if (is_there) *out = fmaf(store_scale, y, before[place]);
         });
     }
 }
@@ -168,7 +164,7 @@ struct TileReporter {
     using Memory = SumsInMemory<ROW_TILES>;
 
     const LinearArgs& args;
-    Tile written;  // and not reported
+    int written;  // the tile that is, and is not reported; negative: none
 
     // The lane's place for a tile's sums of a part.
     __device__ __forceinline__ float4* sums_of(int item, int part) const {
@@ -181,9 +177,9 @@ struct TileReporter {
     __device__ __forceinline__ uint32_t report() {
         uint32_t arrived = 0;
         __syncwarp();
-        if (lane_number() == 0 && written.item >= 0) {
+        if (lane_number() == 0 && written >= 0) {
             __threadfence();
-            arrived = atomicAdd(args.counters + written.item - args.first_item, 1u);
+            arrived = atomicAdd(args.counters + written - args.first_item, 1u);
         }
         return arrived;
     }
@@ -194,18 +190,17 @@ struct TileReporter {
                      [](float(&four)[4], float4* place) { __stcg(place, four_of(four)); });
     }
 
-    // So many parts' sums of the tile before: without a branch, so that several are loaded at once, but no
-    // more than there are registers for.
+    // Adds so many parts' sums of the tile before: without a branch, so that several are loaded at once.
     template <int PARTS>
-    __device__ __forceinline__ void join_parts(Sums<ROW_TILES>& sums) const {
-        constexpr int MOST_LOADS = ROW_TILES == 4 ? LOADS_OF_32 : 8;
-        const float4* from = sums_of(written.item, 0);
+    __device__ __forceinline__ void join_parts(int first, Sums<ROW_TILES>& sums) const {
+        const float4* from = sums_of(written, first);
 #pragma unroll
         for (int i = 0; i < Memory::FOURS; ++i) {
-            set_four(sums[i / 2][i % 2], sum_pairs(PARTS, [&](int part) {
-                if ((i * PARTS + part) % MOST_LOADS == 0) __syncwarp();
+            const float4 sum = sum_pairs(PARTS, [&](int part) {
                 return __ldcg(from + (part * Memory::FOURS + i) * WARP_LANES);
-            }));
+            });
+            auto& four = sums[i / 2][i % 2];
+            set_four(four, plus(four_of(four), sum));
         }
     }
 
@@ -214,20 +209,17 @@ struct TileReporter {
         const uint32_t parts = 1u << args.parts_shift;
         if (__shfl_sync(0xffffffffu, arrived, 0) != parts - 1) return false;
         __threadfence();
-        switch (parts) {
-            case 2:
-                join_parts<2>(sums);
-                break;
-            case 4:
-                join_parts<4>(sums);
-                break;
-            case 8:
-                join_parts<8>(sums);
-                break;
-            default:
-                join_parts<MOST_WARPS>(sums);
+        clear<ROW_TILES>(sums);
+        if (parts == 2) {
+            join_parts<2>(0, sums);
+        } else if (parts == 4) {
+            join_parts<4>(0, sums);
+        } else {
+            // Two times eight are summed as sixteen would be.
+#pragma unroll 1
+            for (int first = 0; first < int(parts); first += 8) join_parts<8>(first, sums);
         }
-        if (lane_number() == 0) args.counters[written.item - args.first_item] = 0;
+        if (lane_number() == 0) args.counters[written - args.first_item] = 0;
         return true;
     }
 };
@@ -235,17 +227,15 @@ struct TileReporter {
 // The sums of a tile over the part, in `stream.sums`.
 template <int ROW_TILES>
 __device__ __forceinline__ void multiply_part(Stream<ROW_TILES>& stream, const Unit* unit,
-                                              const Unit* units_end, int ranges, bool is_exl2,
+                                              const Unit* units_end, int ranges,
                                               const char* x_lane, float4* waiting) {
     stream.x.next = x_lane;
     clear<ROW_TILES>(stream.sums);
-    clear<ROW_TILES>(stream.part);
     int range = 0;
 #pragma unroll 1
     while (unit != units_end) {
-        const Unit* run_end = stream.run_end(unit, units_end);
-        stream.multiply(unit, run_end, is_exl2);
-        if (ends_range(unit->shape)) {
+        const Unit* run_end = stream.multiply(unit);
+        if (ends_range(run_end[-1].shape)) {
             take_range<ROW_TILES>(stream.sums, range, ranges, waiting);
             if (++range < ranges) clear<ROW_TILES>(stream.sums);
         }
@@ -289,7 +279,7 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
     float4* all_waiting = reinterpret_cast<float4*>(shared + warps * SLOTS * SLOT_BYTES);
     char* x = reinterpret_cast<char*>(all_waiting + warps * warp_fours);
     Unit* units = reinterpret_cast<Unit*>(x + args.part_blocks * BLOCK_BYTES);
-    const int matrix_units = ranges * args.range_blocks;
+    const int matrix_units = ranges * args.range_units;
     int index = matrix_of(args, first_item);
 #pragma unroll 1
     for (int i = index; i < args.matrix_count && args.matrices[i].first_item < item_end; ++i) {
@@ -307,7 +297,7 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
 
     const char* x_lane = x + lane * PIECE_BYTES;
     float4* waiting = all_waiting + warp * warp_fours + lane;
-    TileReporter<ROW_TILES> reporter = {args, {-1, 0}};
+    TileReporter<ROW_TILES> reporter = {args, -1};
     // The end of the tiles whose activations are there.
     int x_end = first_item;
     // Once for each of the warp's tiles, and once more to report the last.
@@ -323,21 +313,20 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
         }
         const bool has_tile = item < item_end;
         if (has_tile) {
-            index = matrix_of(args, item);
+            const int index = matrix_of(args, item);
             const Unit* unit = units + index * matrix_units;
-            multiply_part(stream, unit, unit + part_of[index].units, ranges,
-                          args.matrices[index].matrix.encoding == ENCODING_EXL2, x_lane, waiting);
+            multiply_part(stream, unit, unit + part_of[index].units, ranges, x_lane, waiting);
         }
-        Tile done = {has_tile ? item : -1, index};
+        int done = has_tile ? item : -1;
         if (args.parts_shift > 0) {
             const uint32_t arrived = reporter.report();
             if (has_tile) reporter.write(stream.sums, part, item);
             const bool is_last = reporter.join_if_last(arrived, stream.sums);
-            const Tile before = reporter.written;
+            const int before = reporter.written;
             reporter.written = done;
-            done = is_last ? before : Tile{-1, 0};
+            done = is_last ? before : -1;
         }
-        if (done.item >= 0) store_sums<ROW_TILES>(args, done, stream.sums);
+        if (done >= 0) store_sums<ROW_TILES>(args, done, stream.sums);
         if (!has_tile) return;
     }
 }
@@ -350,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     oxl::linear_parts<1>(args);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+extern "C" __global__ void __launch_bounds__(oxl::DEALT_THREADS_OF_16, 1)
     oxl_linear_16(const __grid_constant__ LinearArgs args) {
     oxl::linear_parts<2>(args);
 }

@@ -34,16 +34,14 @@ __device__ __forceinline__ void put_planes(const LaneCodes& codes, int lane, uin
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            const int q = 4 * (i % 2) + p;
-            if (low_bits == 4) {
-                low[i] |= pair_field(codes[i], p, 0, low_mask, 4 * p);
-            } else {
-                low[i / 2] |= pair_field(codes[i], p, 0, low_mask, 2 * q);
-            }
+            const int step = p / 2;
+            const int at = 8 * (p % 2) + field_bit(BITS, i);
+            const int word = low_bits == 4 ? 2 * (i / 2) + step : step;
+            low[word] |= pair_field(codes[i], p, 0, low_mask, at);
             if (high_bits == 2) {
-                high[i / 2] |= pair_field(codes[i], p, low_bits, high_mask, 2 * q);
+                high[i / 2] |= pair_field(codes[i], p, low_bits, high_mask, at + 2 * step);
             } else if (high_bits == 1) {
-                high[0] |= pair_field(codes[i], p, low_bits, high_mask, 4 * i + p);
+                high[0] |= pair_field(codes[i], p, low_bits, high_mask, at + word);
             }
         }
     }

@@ -21,12 +21,17 @@
 //   3 bit   8 + 4 bytes     2-bit plane, then 1-bit plane (bit 2)
 //   2 bit   8 bytes         2-bit plane
 //   fp16    4 x 16 bytes    piece i has output i: eight halves in order of j
-// Pairs of neighbouring inputs (2 p, 2 p + 1) lie in the two halves of a word:
-//   4-bit plane   word i:       pair p at bits 4 p and 4 p + 16
-//   2-bit plane   word i / 2:   pair p at bits 2 q and 2 q + 16, q = 4 (i % 2) + p
-//   1-bit plane   the word:     pair p at bits q and q + 16, q = 4 i + p
-// so that `(word & mask) | 0x6400` in each half is the fp16 number 1024 + code 2^shift: one
-// lop3 a pair and plane, one fp16 operation to take the offset off, exactly.
+// Pairs of neighbouring inputs (2 p, 2 p + 1) lie in the two halves of a word, p = 2 s + h:
+//   4-bit plane              word 2 (i / 2) + s: bits 8 h + 4 (i % 2) of each half
+//   2-bit plane              word s:             bits 8 h + 2 i
+//   2-bit plane over 4 bits  word i / 2:         bits 8 h + 4 (i % 2) + 2 s
+//   1-bit plane over 4 bits  the word:           bit 8 h + 4 (i % 2) + 2 (i / 2) + s
+//   1-bit plane over 2 bits  the word:           bit 8 h + 2 i + s
+// so that a pair becomes two fp16 numbers by masks and shifts that many pairs share: with all else
+// masked away, a code whose lowest bit is bit f of its half, and its highest below bit 10, is the
+// subnormal number code * 2^(f - 24). Less its zero point it is still one, exactly, and tensor cores
+// multiply such numbers as fast as others. All codes of an output have the same f, `field_bit`, so
+// that whoever scales an output's sum takes the power of two off.
 #pragma once
 
 #include "common.cuh"
@@ -147,24 +152,27 @@ __device__ __forceinline__ void decode_scales(const TileMatrix& matrix, RawScale
     }
 }
 
-// A lane's weights of one block as A fragments: `pairs[i][p]` is output i's pair p, so that the
-// fragments of m-tile m in step s are pairs[2m][2s], pairs[2m+1][2s], pairs[2m][2s+1],
-// pairs[2m+1][2s+1].
+// A lane's codes of one block as A fragments: `pairs[i][p]` is output i's pair p, times
+// 2^(field_bit - 24), so that the fragments of m-tile m in step s are pairs[2m][2s],
+// pairs[2m+1][2s], pairs[2m][2s+1], pairs[2m+1][2s+1].
 struct LaneWeights {
     uint32_t pairs[4][4];
 };
 
-// Twice the fp16 number that `value` is exactly; folds to a constant.
-__device__ __forceinline__ uint32_t half2_of(float value) {
-    const uint32_t bits = __float_as_uint(value);
-    const uint32_t half = (bits >> 16 & 0x8000) | (((bits & 0x7fffffff) >> 13) - (112 << 10));
-    return half | half << 16;
+// The bit of a half at which the codes of output g + 8 i begin. Folds to a constant.
+__device__ __forceinline__ constexpr int field_bit(int bits, int i) {
+    return bits >= 8 ? 0 : bits >= 4 ? 4 * (i % 2) : 2 * i;
 }
 
-__device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t result;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-    return result;
+// A value of bits from bit `at` on, in both halves. Folds to a constant.
+__device__ __forceinline__ constexpr uint32_t in_halves(uint32_t value, int at) {
+    return (value << at) * 0x10001u;
+}
+
+// The fields of `bits` bits at bit `from` of both halves of a word, at bit `to`.
+__device__ __forceinline__ uint32_t moved_fields(uint32_t word, int bits, int from, int to) {
+    word = from < to ? word << (to - from) : word >> (from - to);
+    return word & in_halves((1u << bits) - 1, to);
 }
 
 __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
@@ -173,65 +181,16 @@ __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
     return result;
 }
 
-// (word & mask) | 0x6400 in both halves, as one lop3.
-__device__ __forceinline__ uint32_t mask_to_half2(uint32_t word, uint32_t mask) {
-    uint32_t result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;"
-        : "=r"(result)
-        : "r"(word), "r"(mask), "r"(0x64006400u));
-    return result;
+// Adds a number to each of an output's codes, exactly: of subnormal numbers the sum is one.
+__device__ __forceinline__ void add_zeros(const uint32_t (&zeros)[4], LaneWeights& weights) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (uint32_t& pair : weights.pairs[i]) pair = add(pair, zeros[i]);
+    }
 }
 
-// Where in the mantissa a field of `bits` bits at bit `at` of its half is brought: not below
-// `least`, its top not above bit 9, and by one shift of the word for all fields of a kind.
-__device__ __forceinline__ constexpr int field_shift(int bits, int at, int least) {
-    if (at < least) {
-        return at + least;
-    }
-    if (at + bits > 10) {
-        return at - (least == 4 ? 6 : least == 2 || bits == 4 ? 8 : 10);
-    }
-    return at;
-}
-
-// The fields at bits `at` and `at + 16` of a word, as fp16 numbers 1024 + code 2^field_shift.
-__device__ __forceinline__ uint32_t field(uint32_t word, int bits, int at, int least) {
-    const int shift = field_shift(bits, at, least);
-    const uint32_t ones = ((1u << bits) - 1) << shift;
-    word = shift < at ? word >> (at - shift) : word << (shift - at);
-    return mask_to_half2(word, ones | ones << 16);
-}
-
-// The pair at bit `low_at` of a low plane of `low_bits` and, where there is one, at bit `high_at`
-// of a high plane, less 2^(bits - 1). All but the words are constants after unrolling.
-__device__ __forceinline__ uint32_t centred_pair(uint32_t low, int low_bits, int low_at,
-                                                 uint32_t high, int high_bits, int high_at) {
-    const int low_shift = field_shift(low_bits, low_at, 0);
-    const float low_factor = 1.0f / (1 << low_shift);
-    const float zero = 1 << (low_bits + high_bits - 1);
-    float offset = -1024.0f * low_factor - zero;
-    uint32_t high_pair = 0;
-    float high_factor = 0.0f;
-    if (high_bits > 0) {
-        // With `least` = low_bits the factor is at most 1. Then the offset is an even number
-        // or below 2048, and every intermediate sum an integer below 2048: all exact.
-        const int high_shift = field_shift(high_bits, high_at, low_bits);
-        high_factor = static_cast<float>(1 << low_bits) / (1 << high_shift);
-        offset -= 1024.0f * high_factor;
-        high_pair = field(high, high_bits, high_at, low_bits);
-    }
-    uint32_t pair = field(low, low_bits, low_at, 0);
-    pair = low_shift == 0 ? add(pair, half2_of(offset))
-                          : multiply_add(pair, half2_of(low_factor), half2_of(offset));
-    if (high_bits > 0) {
-        pair = high_factor == 1.0f ? add(pair, high_pair)
-                                   : multiply_add(high_pair, half2_of(high_factor), pair);
-    }
-    return pair;
-}
-
-// The weights (code - 2^(bits - 1)) of a lane, `bits` of 2 to 6. `block` is the lane-independent
-// start of the block; `word(byte)` reads the 32-bit word at that byte of it, `quad` four.
+// The codes of a lane, `bits` of 2 to 6. `reader` reads words of the block by their byte in it.
 template <int BITS, typename Reader>
 __device__ __forceinline__ void take_planes(const Reader& reader, int lane, LaneWeights& weights) {
     constexpr int low_bits = BITS >= 4 ? 4 : 2;
@@ -261,17 +220,22 @@ __device__ __forceinline__ void take_planes(const Reader& reader, int lane, Lane
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            const int q = 4 * (i % 2) + p;
-            const uint32_t low_word = low_bits == 4 ? low[i] : low[i / 2];
-            const uint32_t high_word = high_bits == 2 ? high[i / 2] : high[0];
-            weights.pairs[i][p] = centred_pair(low_word, low_bits, low_bits == 4 ? 4 * p : 2 * q,
-                                               high_word, high_bits,
-                                               high_bits == 2 ? 2 * q : 4 * i + p);
+            const int step = p / 2;
+            const int to = field_bit(BITS, i);
+            const int at = 8 * (p % 2) + to;
+            const int word = low_bits == 4 ? 2 * (i / 2) + step : step;
+            uint32_t pair = moved_fields(low[word], low_bits, at, to);
+            if constexpr (high_bits == 2) {
+                pair |= moved_fields(high[i / 2], 2, at + 2 * step, to + low_bits);
+            } else if constexpr (high_bits == 1) {
+                pair |= moved_fields(high[0], 1, at + word, to + low_bits);
+            }
+            weights.pairs[i][p] = pair;
         }
     }
 }
 
-// The weights (code - 128) of a lane with 8 bits.
+// The codes of a lane with 8 bits.
 template <typename Reader>
 __device__ __forceinline__ void take_bytes(const Reader& reader, int lane, LaneWeights& weights) {
 #pragma unroll
@@ -280,9 +244,8 @@ __device__ __forceinline__ void take_bytes(const Reader& reader, int lane, LaneW
         const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
         for (int p = 0; p < 8; ++p) {
-            const uint32_t pair =
-                __byte_perm(word[p / 2], 0x64646464u, p % 2 == 0 ? 0x4140 : 0x4342);
-            weights.pairs[2 * half + p / 4][p % 4] = add(pair, half2_of(-1024.0f - 128.0f));
+            weights.pairs[2 * half + p / 4][p % 4] =
+                __byte_perm(word[p / 2], 0, p % 2 == 0 ? 0x4140 : 0x4342);
         }
     }
 }
@@ -300,29 +263,8 @@ __device__ __forceinline__ void take_halves(const Reader& reader, int lane, Lane
     }
 }
 
-// The weights (code - zero) of a lane with GPTQ's 4 bits. `zeros`: one of 0 to 16 for each output
-// of the lane, in bytes.
-template <typename Reader>
-__device__ __forceinline__ void take_zeroed(const Reader& reader, int lane, uint32_t zeros,
-                                            LaneWeights& weights) {
-    const uint4 words = reader.quad(lane * 16);
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        // The fp16 numbers 1024 + zero and 64 + zero, negated, in both halves.
-        const uint32_t zero = zeros >> (8 * i) & 0xff;
-        const uint32_t far = (zero | zero << 16) + 0xe400e400u;
-        const uint32_t near = (zero << 4 | zero << 20) + 0xd400d400u;
-#pragma unroll
-        for (int p = 0; p < 4; ++p) {
-            const uint32_t pair = field(word[i], 4, 4 * p, 0);
-            weights.pairs[i][p] = p % 2 == 0 ? add(pair, far)
-                                             : multiply_add(pair, half2_of(0.0625f), near);
-        }
-    }
-}
-
-// The weights of a lane before their scale, for a block of `BITS` bits.
+// The codes of a lane before their zero point and scale, for a block of `BITS` bits; with 16 the
+// weights themselves.
 template <int BITS, typename Reader>
 __device__ __forceinline__ void take_weights(const Reader& reader, int lane, LaneWeights& weights) {
     if constexpr (BITS == BITS_FLOAT) {

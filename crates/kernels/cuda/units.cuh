@@ -29,15 +29,11 @@ __device__ __forceinline__ constexpr int unit_blocks(int bits) {
     return bits <= 4 ? 4 : bits <= 8 ? 2 : 1;
 }
 
-// A unit: the same for all tiles. `Unit` of `ranges.rs`.
+// A unit: the same for all tiles. `Unit` of `ranges.rs`. Units of a run look alike.
 struct Unit {
-    uint32_t shape;  // kind | blocks << 8 | ends its group << 11 | ends its range << 12 |
-                     // m_g (fp16 bits) << 16
-    uint32_t place;  // bytes | group << 12
+    uint32_t shape;  // kind | blocks << 8 | ends its range << 11 | m_g (fp16 bits) << 16
+    uint32_t place;  // bytes / BLOCK_UNIT_BYTES | units from it to its run's end << 5 | group << 12
 };
-
-// What neighbouring units have in common that are multiplied in one loop.
-constexpr uint32_t SHAPE_OF_RUN = 0xffff;
 
 // From a slot's first byte in its ring to the other's.
 static_assert(SLOTS == 2, "slots take turns");
@@ -48,8 +44,9 @@ constexpr int KIND_GPTQ = 1;
 
 __device__ __forceinline__ int kind_of(uint32_t shape) { return shape & 0xff; }
 __device__ __forceinline__ int blocks_of(uint32_t shape) { return shape >> 8 & 7; }
-__device__ __forceinline__ bool ends_group(uint32_t shape) { return (shape >> 11 & 1) != 0; }
-__device__ __forceinline__ bool ends_range(uint32_t shape) { return (shape >> 12 & 1) != 0; }
+__device__ __forceinline__ bool ends_range(uint32_t shape) { return (shape >> 11 & 1) != 0; }
+__device__ __forceinline__ int bytes_of(uint32_t place) { return (place & 31) * BLOCK_UNIT_BYTES; }
+__device__ __forceinline__ int run_of(uint32_t place) { return place >> 5 & 127; }
 
 // A block in a ring, as `take_weights` reads it.
 struct BlockReader {
@@ -120,7 +117,6 @@ struct CopyCursor {
     const uint8_t* source;  // of the next unit, at this lane's piece
     const uint8_t* scales;  // of the tile's group 0, at this lane's piece
     int scale_bytes;        // from a group's piece to the next one's; 0: the lane copies none
-    int tile_scales;        // from a tile's scales to those of the warp's next tile
     int skip;               // from the end of the range's bytes to those of the warp's next tile
     const Unit* units;      // of the matrix
     const Unit* unit;       // the next one
@@ -155,7 +151,6 @@ struct CopyCursor {
             }
         }
         const int scales_of_tile = matrix.groups * scale_bytes;
-        tile_scales = stride * scales_of_tile;
         scales = start + int64_t(tile) * scales_of_tile;
     }
 
@@ -163,22 +158,26 @@ struct CopyCursor {
     __device__ __forceinline__ void copy(char* ring, int lane) {
         char* to = ring + slot + lane * PIECE_BYTES;
         const uint32_t place = unit->place;
-        const int bytes = place & 0xfff;
-        const int left = bytes - lane * PIECE_BYTES;
+        const int bytes = bytes_of(place);
+        constexpr int STEP = WARP_LANES * PIECE_BYTES;
+        if (bytes == UNIT_BYTES) {
 #pragma unroll
-        for (int at = 0; at < UNIT_BYTES; at += WARP_LANES * PIECE_BYTES) {
-            copy_async(to + at, source + at, left - at);
+            for (int at = 0; at < UNIT_BYTES; at += STEP) copy_async<PIECE_BYTES>(to + at, source + at);
+        } else {
+            const int left = bytes - lane * PIECE_BYTES;
+#pragma unroll
+            for (int at = 0; at < UNIT_BYTES; at += STEP) copy_async(to + at, source + at, left - at);
         }
-        copy_async(to + UNIT_BYTES, scales + (place >> 12) * uint32_t(scale_bytes), scale_bytes);
+        copy_async(to + UNIT_BYTES, scales + uint64_t(place >> 12) * uint32_t(scale_bytes), scale_bytes);
         source += bytes;
         slot = next_slot(slot);
         ++unit;
     }
 
-    __device__ __forceinline__ void next_tile() {
+    __device__ __forceinline__ void next_tile(const LinearArgs& args) {
         unit = units;
         source += skip;
-        scales += tile_scales;
+        scales += stride * args.matrices[index].matrix.groups * scale_bytes;
     }
 };
 
@@ -190,41 +189,55 @@ struct SharedRows {
     const char* next;
     int block_bytes;
 
-    __device__ __forceinline__ uint4 of(int tile) const {
-        return *reinterpret_cast<const uint4*>(next + tile * ROWS_OF_TILE * ROW_BLOCK_BYTES);
+    // Of a block from the next one on.
+    __device__ __forceinline__ uint4 of(int block, int tile) const {
+        return *reinterpret_cast<const uint4*>(next + block * block_bytes +
+                                               tile * ROWS_OF_TILE * ROW_BLOCK_BYTES);
     }
 };
 
-// The scales of a lane's outputs in a unit's group: what `decode_scales` gives, in fewer instructions.
-__device__ __forceinline__ void unit_scales(const char* slot, uint32_t shape, bool is_exl2, int lane,
+// Two to a power that a normal number has. Folds to a constant.
+__device__ __forceinline__ float two_to(int power) { return __uint_as_float((127 + power) << 23); }
+
+// The scales of a lane's outputs in a unit, times what makes `take_weights`' numbers codes.
+template <int BITS, bool IS_GPTQ>
+__device__ __forceinline__ void unit_scales(const char* slot, uint32_t shape, int lane,
                                             float (&scales)[4]) {
     const char* at = slot + UNIT_BYTES;
-    uint32_t pairs[2];
-    if (is_exl2) {
-        // (e + 1)^2 has at most nine bits, so that the product is rounded once.
+    __half2 pairs[2];
+    if constexpr (IS_GPTQ) {
+        const uint2 stored = *reinterpret_cast<const uint2*>(at + lane / 4 * 8);
+        pairs[0] = *reinterpret_cast<const __half2*>(&stored.x);
+        pairs[1] = *reinterpret_cast<const __half2*>(&stored.y);
+    } else {
+        // Codes e as 1024 + e, in the order of outputs; (e + 1)^2 has at most nine bits, so that its product
+        // with the group's largest scale is rounded once, as `decode_scales` does it.
         uint32_t codes = *reinterpret_cast<const uint16_t*>(at + lane / 4 * 2);
         codes |= codes << 12;
         const __half2 largest = __half2half2(__ushort_as_half(shape >> 16));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const uint32_t code = mask_to_half2(codes >> (8 * i), 0x000f000fu);
-            const uint32_t bits = add(code, half2_of(-1023.0f));
-            const __half2 root = *reinterpret_cast<const __half2*>(&bits);
-            const __half2 scale = __hmul2_rn(__hmul2_rn(root, root), largest);
-            pairs[i] = *reinterpret_cast<const uint32_t*>(&scale);
+            const uint32_t code = (codes >> (8 * i) & 0x000f000fu) | 0x64006400u;
+            const __half2 root =
+                __hadd2_rn(*reinterpret_cast<const __half2*>(&code), __float2half2_rn(-1023.0f));
+            pairs[i] = __hmul2_rn(__hmul2_rn(root, root), largest);
         }
-    } else if (kind_of(shape) == KIND_GPTQ) {
-        const uint2 stored = *reinterpret_cast<const uint2*>(at + lane / 4 * 8);
-        pairs[0] = stored.x;
-        pairs[1] = stored.y;
-    } else {
-        pairs[0] = pairs[1] = half2_of(1.0f);
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const __half2 pair = *reinterpret_cast<const __half2*>(&pairs[i]);
-        scales[2 * i] = __low2float(pair);
-        scales[2 * i + 1] = __high2float(pair);
+    for (int i = 0; i < 4; ++i) {
+        const __half2 pair = pairs[i / 2];
+        const float scale = i % 2 == 0 ? __low2float(pair) : __high2float(pair);
+        scales[i] = scale * two_to(24 - field_bit(BITS, i));
+    }
+}
+
+// Zero points of a lane's outputs, negated, in both halves as codes are: `stored` are GPTQ's, in bytes.
+template <int BITS, bool IS_GPTQ>
+__device__ __forceinline__ void negative_zeros(uint32_t stored, uint32_t (&zeros)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t zero = IS_GPTQ ? stored >> (8 * i) & 0xff : 1u << (BITS - 1);
+        zeros[i] = in_halves(zero, field_bit(BITS, i)) | 0x80008000u;
     }
 }
 
@@ -240,12 +253,12 @@ __device__ __forceinline__ void clear(Sums<ROW_TILES>& sums) {
 // A warp's stream of units through its ring, multiplied in turn.
 template <int ROW_TILES>
 struct Stream {
-    // Blocks of a unit that are multiplied without a branch between them.
+    // Blocks of a full unit that are multiplied without a branch between them.
     static constexpr int UNROLLED_BLOCKS = ROW_TILES == 1 ? 4 : 2;
 
     const LinearArgs& args;
     char* ring;
-    const Unit* all_units;    // of all matrices
+    const Unit* all_units;  // of all matrices
     const WarpRange* ranges;  // of all matrices
     int matrix_units;         // room for a matrix' among `all_units`
     int lane;
@@ -254,7 +267,6 @@ struct Stream {
     int slot;  // of the next unit to multiply
     SharedRows x;
     Sums<ROW_TILES> sums;
-    Sums<ROW_TILES> part;
 
     // Starts with `item`, which is of matrix `index` or a later one, or the CTA's end.
     __device__ __forceinline__ void start(int item, int index) {
@@ -287,7 +299,7 @@ struct Stream {
             if (cursor.unit == cursor.units_end) {
                 cursor.item += cursor.stride;
                 if (cursor.item < cursor.matrix_end) {
-                    cursor.next_tile();
+                    cursor.next_tile(args);
                 } else {
                     find_matrix();
                 }
@@ -296,55 +308,49 @@ struct Stream {
         commit_copies();
     }
 
-    // part += weights * activations over a block.
-    template <int BITS, bool ZEROED>
-    __device__ __forceinline__ void multiply_one(const char* block, uint32_t zeros) {
-        const BlockReader reader = {block};
-        LaneWeights weights;
-        if constexpr (ZEROED) {
-            take_zeroed(reader, lane, zeros, weights);
-        } else {
+    // sums += weights * activations over a unit that begins at `first`.
+    template <int BITS, bool IS_GPTQ, int UNROLL>
+    __device__ __forceinline__ void multiply_unit(const Unit* unit, const char* first, int blocks) {
+        Sums<ROW_TILES> part;
+        clear<ROW_TILES>(part);
+        uint32_t zeros[4];
+        if constexpr (BITS != BITS_FLOAT) {
+            const char* stored = first + UNIT_BYTES + ZEROS_AT + lane / 4 * 4;
+            negative_zeros<BITS, IS_GPTQ>(
+                IS_GPTQ ? *reinterpret_cast<const uint32_t*>(stored) : 0, zeros);
+        }
+#pragma unroll UNROLL
+        for (int i = 0; i < blocks; ++i) {
+            const BlockReader reader = {first + i * (BITS * BLOCK_UNIT_BYTES)};
+            LaneWeights weights;
             take_weights<BITS>(reader, lane, weights);
-        }
+            if constexpr (BITS != BITS_FLOAT) add_zeros(zeros, weights);
 #pragma unroll
-        for (int tile = 0; tile < ROW_TILES; ++tile) {
-            multiply_block(weights, x.of(tile), part[tile]);
+            for (int tile = 0; tile < ROW_TILES; ++tile) {
+                multiply_block(weights, x.of(i, tile), part[tile]);
+            }
         }
-        x.next += x.block_bytes;
+        x.next += blocks * x.block_bytes;
+        float scales[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+        if constexpr (BITS != BITS_FLOAT) {
+            unit_scales<BITS, IS_GPTQ>(first, unit->shape, lane, scales);
+        }
+        add_scaled<ROW_TILES>(scales, part, sums);
     }
 
-    // sums += weights * activations over a run of units, which all look like the first.
-    template <int BITS, bool ZEROED>
-    __device__ __forceinline__ void multiply_run(const Unit* unit, const Unit* end, bool is_exl2) {
-        constexpr int block_bytes = BITS * BLOCK_UNIT_BYTES;
-        const uint32_t run = unit->shape;
-        const bool is_full = blocks_of(run) == unit_blocks(BITS);
+    // The same over a run of units.
+    template <int BITS, bool IS_GPTQ>
+    __device__ __forceinline__ void multiply_run(const Unit* unit, const Unit* end) {
+        const int blocks = blocks_of(unit->shape);
 #pragma unroll 1
         for (; unit != end; ++unit) {
             wait_for_copies<SLOTS - 1>();
             __syncwarp();
             const char* first = ring + slot;
-            uint32_t zeros = 0;
-            if constexpr (ZEROED) {
-                zeros = *reinterpret_cast<const uint32_t*>(first + UNIT_BYTES + ZEROS_AT +
-                                                           lane / 4 * 4);
-            }
-            if (is_full) {
-#pragma unroll UNROLLED_BLOCKS
-                for (int i = 0; i < unit_blocks(BITS); ++i) {
-                    multiply_one<BITS, ZEROED>(first + i * block_bytes, zeros);
-                }
+            if (blocks == unit_blocks(BITS)) {
+                multiply_unit<BITS, IS_GPTQ, UNROLLED_BLOCKS>(unit, first, unit_blocks(BITS));
             } else {
-#pragma unroll 1
-                for (int i = 0; i < blocks_of(run); ++i) {
-                    multiply_one<BITS, ZEROED>(first + i * block_bytes, zeros);
-                }
-            }
-            if (ends_group(run)) {
-                float scales[4];
-                unit_scales(first, unit->shape, is_exl2, lane, scales);
-                add_group<ROW_TILES>(scales, part, sums);
-                clear<ROW_TILES>(part);
+                multiply_unit<BITS, IS_GPTQ, 1>(unit, first, blocks);
             }
             slot = next_slot(slot);
             __syncwarp();
@@ -352,61 +358,48 @@ struct Stream {
         }
     }
 
-    // The same by what the run's units are.
-    __device__ __forceinline__ void multiply(const Unit* unit, const Unit* end, bool is_exl2) {
+    // sums += weights * activations over the run that begins with `unit`; gives its end.
+    __device__ __forceinline__ const Unit* multiply(const Unit* unit) {
+        const Unit* end = unit + run_of(unit->place);
         const int kind = kind_of(unit->shape);
         // The usual one first.
         if (kind == 4) {
-            multiply_run<4, false>(unit, end, is_exl2);
-            return;
+            multiply_run<4, false>(unit, end);
+            return end;
         }
         switch (kind) {
             case KIND_GPTQ:
-                multiply_run<4, true>(unit, end, is_exl2);
+                multiply_run<4, true>(unit, end);
                 break;
             case 2:
-                multiply_run<2, false>(unit, end, is_exl2);
+                multiply_run<2, false>(unit, end);
                 break;
             case 3:
-                multiply_run<3, false>(unit, end, is_exl2);
+                multiply_run<3, false>(unit, end);
                 break;
             case 5:
-                multiply_run<5, false>(unit, end, is_exl2);
+                multiply_run<5, false>(unit, end);
                 break;
             case 6:
-                multiply_run<6, false>(unit, end, is_exl2);
+                multiply_run<6, false>(unit, end);
                 break;
             case 8:
-                multiply_run<8, false>(unit, end, is_exl2);
+                multiply_run<8, false>(unit, end);
                 break;
             default:
-                multiply_run<BITS_FLOAT, false>(unit, end, is_exl2);
+                multiply_run<BITS_FLOAT, false>(unit, end);
         }
-    }
-
-    // The end of the run of units that look like `unit`, within its range.
-    __device__ __forceinline__ const Unit* run_end(const Unit* unit, const Unit* units_end) const {
-        const uint32_t run = unit->shape & SHAPE_OF_RUN;
-#pragma unroll 1
-        do {
-            ++unit;
-        } while (unit != units_end && !ends_range(run) && (unit->shape & SHAPE_OF_RUN) == run);
-        return unit;
+        return end;
     }
 
     // The sums of one tile over the warp's range, whose units are `unit` to `units_end`; its
     // activations begin at `x_lane`.
     __device__ __forceinline__ void multiply_range(const Unit* unit, const Unit* units_end,
-                                                   bool is_exl2, const char* x_lane) {
+                                                   const char* x_lane) {
         x.next = x_lane;
         clear<ROW_TILES>(sums);
-        clear<ROW_TILES>(part);
 #pragma unroll 1
-        while (unit != units_end) {
-            const Unit* next = run_end(unit, units_end);
-            multiply(unit, next, is_exl2);
-            unit = next;
-        }
+        while (unit != units_end) unit = multiply(unit);
     }
 };
 

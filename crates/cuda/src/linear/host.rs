@@ -63,6 +63,8 @@ impl CudaDevice {
             order: super::Order::plain(),
             bias: None,
             plan: Plan::of(layout.blocks, most_shared_bytes(self.info())),
+            // Rows are taken from it; it is not multiplied.
+            range_units: 0,
             layout,
             _memory: LinearMemory::Host((memory, reservation)),
         })

@@ -52,9 +52,11 @@ struct LinearArgs {
     items: i32,
     blocks: i32,
     range_blocks: i32,
+    range_units: i32,
     tile_buffers: i32,
     parts_shift: i32,
     part_blocks: i32,
+    reserved: i32,
     matrices: [LinearMatrix; MOST_MATRICES],
 }
 
@@ -206,6 +208,8 @@ impl CudaDevice {
         let (accumulate, store_scale) = store_numbers(store);
         // All matrices have as many inputs.
         let plan = operands[0].weights.plan;
+        let range_units = operands.iter().map(|operand| operand.weights.range_units);
+        let range_units = range_units.max().unwrap_or(0);
         let limits = Limits::of(self.info());
         let mut first_row = 0;
         while first_row < rows {
@@ -214,9 +218,20 @@ impl CudaDevice {
                 rows: rows - first_row,
                 matrices: operands.len(),
                 tiles,
+                range_units,
             };
-            let division = plan.divide(shape, limits);
-            let division = division.expect("a linear with too many inputs is not loaded");
+            let Some(division) = plan.divide(shape, limits) else {
+                assert!(
+                    operands.len() > 1 && first_row == 0,
+                    "what cannot be divided is not loaded"
+                );
+                // Their tables do not fit together.
+                for operand in operands {
+                    // SAFETY: the caller's promise.
+                    unsafe { self.multiply_few(&[*operand], rows, store, scratch)? };
+                }
+                return Ok(());
+            };
             let (tile_buffers, parts, part_blocks) = match division.kind {
                 Kind::Few { tile_buffers } => (tile_buffers, 1, 0),
                 Kind::Parts { parts, part_blocks } => (0, parts, part_blocks),
@@ -233,9 +248,11 @@ impl CudaDevice {
                 items: tiles as i32,
                 blocks: plan.blocks as i32,
                 range_blocks: plan.range_blocks as i32,
+                range_units: range_units as i32,
                 tile_buffers: tile_buffers as i32,
                 parts_shift: parts.ilog2() as i32,
                 part_blocks: part_blocks as i32,
+                reserved: 0,
                 matrices,
             };
             // SAFETY: the caller's promise.

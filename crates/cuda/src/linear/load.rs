@@ -11,9 +11,11 @@ use oxllama_backend::DeviceError;
 use oxllama_format::{DType, Exl2Linear, FloatLinear, GptqLinear, LinearSource};
 use oxllama_memory::{Bytes, Reservation};
 
-use super::layout::{Layout, TILE_OUTPUTS, UNIT_BYTES, block_table, groups, section_ends};
+use super::layout::{
+    BlockInfo, Layout, MOST_BLOCKS, TILE_OUTPUTS, UNIT_BYTES, block_table, groups, section_ends,
+};
 use super::plan::{Limits, Plan};
-use super::ranges::range_table;
+use super::ranges::RangeTable;
 use super::{CudaLinear, LinearMemory, Order};
 use crate::buffer::CudaBuffer;
 use crate::context::Context;
@@ -148,7 +150,6 @@ struct Load<'a> {
     device: &'a CudaDevice,
     loader: &'a mut Loader,
     layout: &'a Layout,
-    plan: Plan,
     /// Where the matrix starts on the device.
     address: CUdeviceptr,
 }
@@ -458,17 +459,20 @@ impl Load<'_> {
         Ok(f32::from_bits(bits))
     }
 
-    /// Everything but the order of inputs; returns the matrix' factor.
-    fn run(&mut self, source: &LinearSource<'_>, permutation: &[u32]) -> Result<f32, DeviceError> {
-        let groups = groups(source);
-        let table = block_table(&groups);
+    /// Everything; returns the matrix' factor.
+    fn run(
+        &mut self,
+        source: &LinearSource<'_>,
+        blocks: &[BlockInfo],
+        ranges: &RangeTable,
+        permutation: &[u32],
+    ) -> Result<f32, DeviceError> {
         self.upload(
-            bytemuck::cast_slice(&table),
+            bytemuck::cast_slice(blocks),
             self.part(self.layout.block_table),
         )?;
-        let is_gptq = matches!(source, LinearSource::Gptq(_));
         self.upload(
-            bytemuck::cast_slice(&range_table(&table, self.plan, is_gptq)),
+            bytemuck::cast_slice(&ranges.words),
             self.part(self.layout.range_table),
         )?;
         let order = self.part(self.layout.permutation);
@@ -532,7 +536,12 @@ impl CudaDevice {
         self.check_reservation(|| format!("a linear of {header:?}"), needed, &reservation)?;
         let limits = Limits::of(self.info());
         let plan = Plan::of(layout.blocks, limits.shared_bytes);
-        if !plan.can_be_divided(limits) {
+        let groups = groups(source);
+        let blocks = block_table(&groups);
+        let ranges = (layout.blocks <= MOST_BLOCKS)
+            .then(|| RangeTable::new(&blocks, plan, matches!(source, LinearSource::Gptq(_))))
+            .filter(|ranges| plan.can_be_divided(ranges.range_units, limits));
+        let Some(ranges) = ranges else {
             return Err(DeviceError::Operation {
                 device: self.context().id().clone(),
                 operation: format!("loading a linear of {} inputs", header.in_features),
@@ -541,7 +550,7 @@ impl CudaDevice {
                     Bytes::from_usize(limits.shared_bytes)
                 ),
             });
-        }
+        };
         let buffer = CudaBuffer::allocate(self.context(), reservation)?;
         let order = permutation(source);
         let mut loader = self.loaders().take(self.context())?;
@@ -549,12 +558,11 @@ impl CudaDevice {
             device: self,
             loader: &mut loader,
             layout: &layout,
-            plan,
             address: buffer.address(),
         };
         // A loader that failed is dropped, when nothing reads its memory any more; so is the
         // buffer.
-        let scale = match load.run(source, &order) {
+        let scale = match load.run(source, &blocks, &ranges, &order) {
             Ok(scale) => scale,
             Err(error) => {
                 // Its failure is the one that is reported.
@@ -563,7 +571,7 @@ impl CudaDevice {
             }
         };
         self.loaders().give_back(loader);
-        let sections = section_ends(&groups(source));
+        let sections = section_ends(&groups);
         let at = |offset| Some(buffer.at(offset));
         Ok(CudaLinear {
             in_features: header.in_features,
@@ -576,6 +584,7 @@ impl CudaDevice {
             },
             bias: if header.bias { at(layout.bias) } else { None },
             plan,
+            range_units: ranges.range_units,
             layout,
             _memory: LinearMemory::Device(buffer),
         })

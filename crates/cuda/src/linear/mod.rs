@@ -43,6 +43,8 @@ pub struct CudaLinear {
     out_features: usize,
     layout: Layout,
     plan: Plan,
+    /// Units of the range that has most of them.
+    range_units: usize,
     matrix: TileMatrix,
     order: Order,
     /// f32 `[out_features]`

@@ -1,7 +1,7 @@
 //! How one product is divided among the multiprocessors.
 
 use super::MOST_MATRICES;
-use super::layout::{MOST_BLOCKS, TILE_OUTPUTS};
+use super::layout::TILE_OUTPUTS;
 use crate::context::GpuInfo;
 
 /// Bytes of a warp's ring of units: `SLOTS * SLOT_BYTES` in `units.cuh`.
@@ -10,7 +10,7 @@ const RING_BYTES: usize = 2 * (2048 + 128);
 /// Tiles whose sums `oxl_linear_few` joins at once, at most.
 const MOST_TILE_BUFFERS: usize = 16;
 
-/// Bytes of a unit in the table of a range.
+/// Bytes of a unit in the table of a range: `Unit` in `units.cuh`.
 const UNIT_ENTRY_BYTES: usize = 8;
 
 /// Warps of a block of threads (CTA), at most; `MOST_WARPS` in `linear.cuh`.
@@ -67,6 +67,8 @@ pub(crate) struct LaunchShape {
     pub(crate) matrices: usize,
     /// Column tiles of all of them.
     pub(crate) tiles: usize,
+    /// Units of the range that has most of them; no more than blocks.
+    pub(crate) range_units: usize,
 }
 
 /// How a launch is divided.
@@ -123,14 +125,16 @@ impl Plan {
         self.blocks * range / self.ranges
     }
 
-    /// Whether products over so many inputs can be divided at all.
-    pub(crate) fn can_be_divided(&self, limits: Limits) -> bool {
+    /// Whether products with a matrix of so many inputs can be divided at all. `range_units`: units of the
+    /// range that has most of them.
+    pub(crate) fn can_be_divided(&self, range_units: usize, limits: Limits) -> bool {
         let shape = LaunchShape {
             rows: 1,
-            matrices: MOST_MATRICES,
+            matrices: 1,
             tiles: 1,
+            range_units,
         };
-        self.blocks <= MOST_BLOCKS && self.divide(shape, limits).is_some()
+        self.divide(shape, limits).is_some()
     }
 
     /// The division of the next launch over `shape`; `None` where so many inputs leave no room
@@ -159,10 +163,11 @@ impl Plan {
             rows,
             matrices,
             tiles,
+            range_units,
         } = shape;
         let sum_bytes = rows * ROW_SUM_BYTES;
         let fixed = RING_BYTES
-            + matrices * self.range_blocks * UNIT_ENTRY_BYTES
+            + matrices * range_units * UNIT_ENTRY_BYTES
             + self.range_blocks * rows * ROW_BLOCK_BYTES;
         let room = (limits.shared_bytes / self.ranges).checked_sub(fixed)?;
         let tiles_of_cta = tiles.div_ceil(limits.multiprocessors);
@@ -207,7 +212,7 @@ impl Plan {
         let ranges = self.ranges / parts;
         let part_blocks = self.blocks.div_ceil(parts);
         let waiting_bytes = ranges / 2 * padded_rows * ROW_SUM_BYTES;
-        let table_bytes = shape.matrices * ranges * self.range_blocks * UNIT_ENTRY_BYTES;
+        let table_bytes = shape.matrices * ranges * shape.range_units * UNIT_ENTRY_BYTES;
         let x_bytes = part_blocks * padded_rows * ROW_BLOCK_BYTES;
         let shared_bytes = warps * (RING_BYTES + waiting_bytes) + x_bytes + table_bytes;
         let shares = (limits.multiprocessors / parts).max(1);
@@ -300,8 +305,17 @@ mod tests {
                                 rows: left,
                                 matrices,
                                 tiles,
+                                range_units: plan.range_blocks,
                             };
-                            let division = plan.divide(shape, limits).unwrap();
+                            // Those that do not fit together are multiplied one by one.
+                            let alone = LaunchShape {
+                                matrices: 1,
+                                ..shape
+                            };
+                            let division = plan
+                                .divide(shape, limits)
+                                .or_else(|| plan.divide(alone, limits))
+                                .unwrap();
                             check(&plan, &division, limits);
                             left -= division.rows;
                         }
@@ -349,6 +363,7 @@ mod tests {
                 rows,
                 matrices: 1,
                 tiles,
+                range_units: plan.range_blocks.div_ceil(4),
             };
             let division = plan.divide(shape, limits).unwrap();
             match division.kind {
@@ -375,8 +390,9 @@ mod tests {
             is_hopper: true,
         };
         let plan = Plan::of(65_535, limits.shared_bytes);
-        assert!(!plan.can_be_divided(limits));
-        assert!(Plan::of(6_000, limits.shared_bytes).can_be_divided(limits));
+        assert!(!plan.can_be_divided(plan.range_blocks, limits));
+        let plan = Plan::of(6_000, limits.shared_bytes);
+        assert!(plan.can_be_divided(plan.range_blocks / 4, limits));
     }
 
     #[test]

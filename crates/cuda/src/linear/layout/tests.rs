@@ -60,22 +60,34 @@ fn planes(bits: u32) -> (u32, u32) {
     }
 }
 
-/// Where a plane of a block keeps the code of output `g + 8 i` and input `8 t + j`: the byte of
-/// its word from the start of the plane, and the bit in that word.
-fn place(plane_bits: u32, lane: usize, i: usize, j: usize) -> (usize, u32) {
+/// The bit of a half at which the codes of output `g + 8 i` begin; `field_bit` in `tiles.cuh`.
+fn field_bit(bits: u32, i: usize) -> u32 {
+    match bits {
+        8 => 0,
+        4.. => 4 * (i as u32 % 2),
+        _ => 2 * i as u32,
+    }
+}
+
+/// Where the low or high plane of a block of so many bits keeps the code of output `g + 8 i` and input
+/// `8 t + j`: the byte of its word from the start of the plane, and the bit in that word.
+fn place(bits: u32, is_high: bool, lane: usize, i: usize, j: usize) -> (usize, u32) {
     let (pair, half) = (j / 2, 16 * (j as u32 % 2));
-    let quarter = (4 * (i % 2) + pair) as u32;
-    match plane_bits {
-        8 => {
+    let (step, second) = (pair / 2, pair as u32 % 2);
+    let at = half + 8 * second + field_bit(bits, i);
+    let word = if bits >= 4 { 2 * (i / 2) + step } else { step };
+    match (bits, is_high) {
+        (8, _) => {
             let byte = 8 * (i % 2) + j;
             (
                 i / 2 * 512 + lane * 16 + byte / 4 * 4,
                 8 * (byte as u32 % 4),
             )
         }
-        4 => (lane * 16 + i * 4, 4 * pair as u32 + half),
-        2 => (lane * 8 + i / 2 * 4, 2 * quarter + half),
-        _ => (lane * 4, (4 * i + pair) as u32 + half),
+        (4.., false) => (lane * 16 + word * 4, at),
+        (_, false) => (lane * 8 + word * 4, at),
+        (6, true) => (lane * 8 + i / 2 * 4, at + 2 * step as u32),
+        (_, true) => (lane * 4, at + word as u32),
     }
 }
 
@@ -139,12 +151,17 @@ fn check(groups_of: &[(u32, usize)], out_features: usize) {
                     put(
                         &mut tiles,
                         start,
-                        place(low, lane, i, j),
+                        place(stored.bits, false, lane, i, j),
                         code & ((1 << low) - 1),
                     );
                     if high > 0 {
                         let plane = start + low as usize * UNIT_BYTES;
-                        put(&mut tiles, plane, place(high, lane, i, j), code >> low);
+                        put(
+                            &mut tiles,
+                            plane,
+                            place(stored.bits, true, lane, i, j),
+                            code >> low,
+                        );
                     }
                 });
             }
@@ -159,10 +176,10 @@ fn check(groups_of: &[(u32, usize)], out_features: usize) {
             let (low, high) = planes(bits);
             let start = block_at(tile, block);
             each_weight(|lane, input, output, (i, j)| {
-                let mut code = get(&tiles, start, place(low, lane, i, j), low);
+                let mut code = get(&tiles, start, place(bits, false, lane, i, j), low);
                 if high > 0 {
                     let plane = start + low as usize * UNIT_BYTES;
-                    code |= get(&tiles, plane, place(high, lane, i, j), high) << low;
+                    code |= get(&tiles, plane, place(bits, true, lane, i, j), high) << low;
                 }
                 let column = tile * TILE_OUTPUTS + output;
                 let root = (linear.scale_code(group, column) + 1) as f32;
@@ -191,55 +208,53 @@ fn every_mix_of_widths_comes_back() {
     }
 }
 
-/// `field_shift` of `tiles.cuh`.
-fn field_shift(bits: u32, at: u32, least: u32) -> u32 {
-    if at < least {
-        at + least
-    } else if at + bits > 10 {
-        at - if least == 4 {
-            6
-        } else if least == 2 || bits == 4 {
-            8
-        } else {
-            10
-        }
+/// `moved_fields` of `tiles.cuh` for one half.
+fn moved_field(half: u32, bits: u32, from: u32, to: u32) -> u32 {
+    let moved = if from < to {
+        half << (to - from)
     } else {
-        at
-    }
+        half >> (from - to)
+    };
+    moved & ((1 << bits) - 1) << to
 }
 
-/// The arithmetic of `centred_pair` in `tiles.cuh` is exact for every code at every place.
+/// Every code at every place, amid bits of others, becomes the subnormal number that the product's scale
+/// expects, and the number that `centred` in `dequantise.cu` expects.
 #[test]
-fn codes_lose_their_offset_exactly() {
+fn codes_become_numbers_exactly() {
     let exact = |value: f32| {
         assert_eq!(f16::from_f32(value).to_f32(), value, "not a number of fp16");
         value
     };
-    for bits in [2, 3, 4, 5, 6] {
+    for bits in [2, 3, 4, 5, 6, 8] {
         let (low_bits, high_bits) = planes(bits);
-        for (i, j) in (0..4).flat_map(|i| [0, 2, 4, 6].map(|j| (i, j))) {
-            let low_shift = field_shift(low_bits, place(low_bits, 0, i, j).1, 0);
-            assert!(low_shift + low_bits <= 10);
-            let low_factor = exact(1.0 / (1 << low_shift) as f32);
-            let zero = (1 << (bits - 1)) as f32;
-            let mut offset = -1024.0 * low_factor - zero;
-            let mut high = (0, 0.0);
-            if high_bits > 0 {
-                let shift = field_shift(high_bits, place(high_bits, 0, i, j).1, low_bits);
-                assert!(shift >= low_bits && shift + high_bits <= 10);
-                high = (shift, exact((1 << low_bits) as f32 / (1 << shift) as f32));
-                offset -= 1024.0 * high.1;
-            }
-            exact(offset);
+        let zero = (1 << (bits - 1)) as f32;
+        for (i, j) in (0..4).flat_map(|i| (0..8).map(move |j| (i, j))) {
+            let to = field_bit(bits, i);
             for code in 0_u32..1 << bits {
-                let low = code & ((1 << low_bits) - 1);
-                let mut value = exact(1024.0 + (low << low_shift) as f32);
-                value = exact(value * low_factor + offset);
-                if high_bits > 0 {
-                    let field = exact(1024.0 + ((code >> low_bits) << high.0) as f32);
-                    value = exact(field * high.1 + value);
+                let mut pair = code;
+                if bits < 8 {
+                    let at = place(bits, false, 0, i, j).1 % 16;
+                    let low = (1 << low_bits) - 1;
+                    let others = 0xffff & !(low << at);
+                    pair = moved_field(others | (code & low) << at, low_bits, at, to);
+                    if high_bits > 0 {
+                        let at = place(bits, true, 0, i, j).1 % 16;
+                        let others = 0xffff & !(((1 << high_bits) - 1) << at);
+                        let half = others | code >> low_bits << at;
+                        pair |= moved_field(half, high_bits, at, to + low_bits);
+                    }
                 }
-                assert_eq!(value, code as f32 - zero, "{bits} bits, code {code}");
+                assert_eq!(pair, code << to, "{bits} bits, code {code}");
+                assert!(pair < 1 << 10, "a subnormal number");
+                let number = f16::from_bits(pair as u16).to_f32();
+                assert_eq!(number * (1 << (24 - to)) as f32, code as f32);
+                let factor = exact(1.0 / (1 << to) as f32);
+                let offset = exact(-1024.0 * factor - zero);
+                let offset_bits = 0xe400 - (to << 10) + ((zero as u32) << to);
+                assert_eq!(f16::from_bits(offset_bits as u16).to_f32(), offset);
+                let value = f16::from_bits(pair as u16 | 0x6400).to_f32() * factor + offset;
+                assert_eq!(value, code as f32 - zero);
             }
         }
     }
