@@ -8,6 +8,7 @@ use crate::context::GpuInfo;
 use crate::device::CudaDevice;
 use crate::error::CudaUnavailable;
 use crate::launch::Launch;
+use crate::linear::Order;
 use crate::module::{Kernel, Modules};
 
 /// Most outputs of one launch; `MOST_PREPARED` in `prepare.cu`.
@@ -16,6 +17,9 @@ pub(crate) const MOST_PREPARED: usize = 3;
 /// Threads of a block of `oxl_prepare`, each of which writes four places, and of
 /// `oxl_prepare_gather`.
 const THREADS: usize = 256;
+
+/// Most threads of a block that gathers a row.
+const GATHER_THREADS: usize = 768;
 
 /// Shared memory of a block that is not a row's: sums.
 const STATIC_SHARED_BYTES: usize = 1024;
@@ -40,11 +44,11 @@ pub(crate) struct Prepare<'a> {
 /// One linear's input.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PreparedRows {
-    /// u32 `[width]`, 16-byte aligned: which element each place takes. `None`: its own.
+    /// Of `width` elements, 16-byte aligned.
     ///
     /// Like norms' weights it is read before earlier kernels have ended: it must have been
     /// written before the step.
-    pub(crate) permutation: Option<CUdeviceptr>,
+    pub(crate) order: Order,
     /// f16 `[rows, padded_width]`, 16-byte aligned.
     pub(crate) out: CUdeviceptr,
 }
@@ -57,7 +61,7 @@ struct PrepareArgs {
     gate: CUdeviceptr,
     norm_weight: CUdeviceptr,
     norm_bias: CUdeviceptr,
-    permutations: [CUdeviceptr; MOST_PREPARED],
+    orders: [CUdeviceptr; MOST_PREPARED],
     outs: [CUdeviceptr; MOST_PREPARED],
     width: i32,
     padded_width: i32,
@@ -95,11 +99,11 @@ impl PrepareKernels {
 /// Which entry prepares the rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Entry {
-    /// Several blocks a row, which read what they write: no norm.
+    /// Several blocks a row, which write what they read where it goes: no norm.
     Spread,
     /// A block has the row in shared memory as fp16: no norm.
     Gather,
-    /// Each block has the row in shared memory.
+    /// Each block has the row in shared memory: a norm.
     Row,
     /// Each block reads the row again where it needs it: a norm of very wide rows.
     WideRow,
@@ -127,18 +131,16 @@ struct Shape {
 /// What a row becomes does not depend on the entry where there is no norm, and the entry for a
 /// norm depends on the width alone.
 fn plan(shape: &Shape, widest_row: usize) -> (Entry, Launch) {
-    /// Up to here many random reads from the L2 cost less than the wait for a whole row.
-    const FEW_ROWS: usize = 8;
+    /// Up to here writes of single numbers cost less than the wait for a whole row.
+    const FEW_ROWS: usize = 16;
     /// From here on there is a row for every multiprocessor, and what counts is how many rows each
     /// can have under way; with fewer, several blocks share a row.
     const MANY_ROWS: usize = 128;
     let fits = shape.width <= widest_row;
     let entry = if shape.has_norm {
         if fits { Entry::Row } else { Entry::WideRow }
-    } else if shape.is_permuted && shape.rows >= MANY_ROWS && fits {
-        Entry::Gather
     } else if shape.is_permuted && shape.rows > FEW_ROWS && fits {
-        Entry::Row
+        Entry::Gather
     } else {
         Entry::Spread
     };
@@ -148,7 +150,11 @@ fn plan(shape: &Shape, widest_row: usize) -> (Entry, Launch) {
     let slices = (shape.padded_width / 1024).min(most_blocks / shape.rows.max(1));
     let (blocks, threads) = match entry {
         Entry::Spread => (shape.padded_width.div_ceil(4 * THREADS), THREADS),
-        Entry::Gather => (1, THREADS),
+        Entry::Gather if shape.rows >= MANY_ROWS => (1, THREADS),
+        Entry::Gather => (
+            slices.clamp(1, 8),
+            row_threads(shape.width).min(GATHER_THREADS),
+        ),
         Entry::Row | Entry::WideRow => (slices.clamp(1, 8), row_threads(shape.width)),
     };
     let shared_bytes = match entry {
@@ -205,13 +211,11 @@ impl CudaDevice {
             args.width,
             args.padded_width
         );
+        assert!(
+            args.gate.is_none() || args.norm.is_none(),
+            "rows are gated or normed"
+        );
         let elements = args.rows * args.width;
-        let mut permutations = [0; MOST_PREPARED];
-        let mut outs = [0; MOST_PREPARED];
-        for (index, output) in outputs.iter().enumerate() {
-            permutations[index] = output.permutation.unwrap_or(0);
-            outs[index] = output.out;
-        }
         let (activation, gate) = args.gate.map_or((0, 0), |(activation, gate)| {
             (activation_number(activation), gate.floats(elements))
         });
@@ -226,7 +230,9 @@ impl CudaDevice {
             padded_width: args.padded_width,
             outputs: outputs.len(),
             has_norm: args.norm.is_some(),
-            is_permuted: outputs.iter().any(|output| output.permutation.is_some()),
+            is_permuted: outputs
+                .iter()
+                .any(|output| output.order.permutation.is_some()),
         };
         let (entry, launch) = plan(&shape, kernels.widest_row);
         let kernel = match entry {
@@ -235,12 +241,22 @@ impl CudaDevice {
             Entry::Row => kernels.row,
             Entry::WideRow => kernels.wide_row,
         };
+        let mut orders = [0; MOST_PREPARED];
+        let mut outs = [0; MOST_PREPARED];
+        for (index, output) in outputs.iter().enumerate() {
+            let order = match entry {
+                Entry::Spread => output.order.places,
+                _ => output.order.permutation,
+            };
+            orders[index] = order.unwrap_or(0);
+            outs[index] = output.out;
+        }
         let args = PrepareArgs {
             x: args.x.floats(elements),
             gate,
             norm_weight,
             norm_bias,
-            permutations,
+            orders,
             outs,
             width: args.width as i32,
             padded_width: args.padded_width as i32,
@@ -312,12 +328,13 @@ mod tests {
                                 assert!(!has_norm && 4 * THREADS * y >= shape.padded_width);
                             }
                             Entry::Gather => {
-                                assert!(!has_norm && y == 1);
+                                assert!(!has_norm && y <= shape.padded_width / 4);
+                                assert!(launch.block[0] <= GATHER_THREADS);
                                 assert!(launch.shared_bytes >= width * size_of::<u16>());
                             }
                             // Every slice has places: they are dealt in fours.
                             Entry::Row => {
-                                assert!(y <= shape.padded_width / 4);
+                                assert!(has_norm && y <= shape.padded_width / 4);
                                 assert!(launch.shared_bytes >= width * size_of::<f32>());
                             }
                             Entry::WideRow => assert!(has_norm && width > WIDEST_ROW),
@@ -336,7 +353,9 @@ mod tests {
             ..shape(rows, 11_008)
         };
         assert_eq!(plan(&shape(1, true), WIDEST_ROW).0, Entry::Spread);
-        assert_eq!(plan(&shape(64, true), WIDEST_ROW).0, Entry::Row);
+        assert_eq!(plan(&shape(16, true), WIDEST_ROW).0, Entry::Spread);
+        let (entry, launch) = plan(&shape(32, true), WIDEST_ROW);
+        assert_eq!((entry, launch.grid), (Entry::Gather, [32, 2, 1]));
         assert_eq!(plan(&shape(128, true), WIDEST_ROW).0, Entry::Gather);
         assert_eq!(plan(&shape(64, false), WIDEST_ROW).0, Entry::Spread);
     }

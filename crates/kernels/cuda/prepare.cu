@@ -19,14 +19,15 @@ constexpr int MOST_PREPARED = 3;
 struct PrepareArgs {
     // f32 [rows, width]
     const float* x;
-    // f32 [rows, width]: y is activation(gate) * x. Null: y is x.
+    // f32 [rows, width]: y is activation(gate) * x. Null: y is x. Without a norm only.
     const float* gate;
-    // f32 [width]. Null: no norm.
+    // f32 [width]; with a norm only.
     const float* norm_weight;
-    // f32 [width] or null; read with a norm only.
+    // f32 [width] or null; with a norm only.
     const float* norm_bias;
-    // u32 [width] each, 16-byte aligned: which element of y each place takes. Null: its own.
-    const uint32_t* permutations[MOST_PREPARED];
+    // u32 [width] each, 16-byte aligned: which element of y each place takes; of `oxl_prepare`, where each
+    // element goes. Null: its own.
+    const uint32_t* orders[MOST_PREPARED];
     // f16 [rows, padded_width] each, 16-byte aligned.
     __half* outs[MOST_PREPARED];
     int32_t width;
@@ -80,7 +81,7 @@ __device__ __forceinline__ void store_places(__half* out, int first, int width, 
     *reinterpret_cast<uint2*>(out + first) = packed;
 }
 
-// Elements `first..first + 4` of y before the norm.
+// Elements `first..first + 4` of y without a norm.
 __device__ __forceinline__ Four load_input(const PrepareArgs& args, int64_t row, int first) {
     Four y = oxl::load_four(args.x + row * args.width, first, args.width);
     if (args.gate != nullptr) {
@@ -93,13 +94,17 @@ __device__ __forceinline__ Four load_input(const PrepareArgs& args, int64_t row,
     return y;
 }
 
-// One element of y before the norm.
-__device__ __forceinline__ float load_element(const PrepareArgs& args, int64_t row, int place) {
-    const int64_t index = row * args.width + place;
-    const float x = args.x[index];
-    if (args.gate == nullptr) return x;
-    return __fmul_rn(oxl::activate(args.activation, args.gate[index]), x);
-}
+// The places of a row that a block writes: its share, in fours.
+struct Slice {
+    int start;
+    int end;
+
+    __device__ __forceinline__ explicit Slice(int padded_width) {
+        const int64_t quads = padded_width / 4;
+        start = int(quads * blockIdx.y / gridDim.y) * 4;
+        end = int(quads * (blockIdx.y + 1) / gridDim.y) * 4;
+    }
+};
 
 // Grid (rows, slices, outputs): each block knows the whole row and writes one slice of one output.
 // IN_SHARED: the row lies in shared memory, f32 [width rounded up to 4]; else elements are
@@ -116,12 +121,10 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
     const int threads = blockDim.x;
     const int stride = 4 * threads;
     const int first = 4 * threadIdx.x;
-    const uint32_t* permutation = args.permutations[blockIdx.z];
+    const uint32_t* permutation = args.orders[blockIdx.z];
     __half* out = args.outs[blockIdx.z] + row * args.padded_width;
-    const int quads = args.padded_width / 4;
-    const int slice_end = int((int64_t(quads) * (blockIdx.y + 1)) / gridDim.y) * 4;
-    const int slice_start = int((int64_t(quads) * blockIdx.y) / gridDim.y) * 4;
-    const bool has_norm = args.norm_weight != nullptr;
+    const float* in = args.x + row * width;
+    const Slice slice(args.padded_width);
     const float inverse_width = 1.0f / float(width);
 
     // Two pieces of four a thread are most of a row (all up to 8,192): their weights and the
@@ -129,23 +132,19 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
     Four weights[2];
 #pragma unroll
     for (int piece = 0; piece < 2; ++piece) {
-        weights[piece] = {{1.0f, 1.0f, 1.0f, 1.0f}};
-        if (has_norm) {
-            weights[piece] = oxl::load_four(args.norm_weight, first + piece * stride, width);
-        }
+        weights[piece] = oxl::load_four(args.norm_weight, first + piece * stride, width);
     }
-    Places places = load_places(permutation, slice_start + first, width);
+    Places places = load_places(permutation, slice.start + first, width);
     oxl::dependency_trigger();
     oxl::dependency_wait();
 
     Four x[2];
 #pragma unroll
     for (int piece = 0; piece < 2; ++piece) {
-        x[piece] = load_input(args, row, first + piece * stride);
+        x[piece] = oxl::load_four(in, first + piece * stride, width);
     }
     float mean = 0.0f;
-    float scale = 1.0f;
-    if (has_norm && args.norm_kind == oxl::NORM_LAYER) {
+    if (args.norm_kind == oxl::NORM_LAYER) {
         float sum = 0.0f;
 #pragma unroll
         for (int piece = 0; piece < 2; ++piece) {
@@ -153,7 +152,7 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
             for (int i = 0; i < 4; ++i) sum += x[piece].at[i];
         }
         for (int at = first + 2 * stride; at < width; at += stride) {
-            const Four more = load_input(args, row, at);
+            const Four more = oxl::load_four(in, at, width);
 #pragma unroll
             for (int i = 0; i < 4; ++i) sum += more.at[i];
         }
@@ -164,8 +163,8 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
         Four four = piece == 0 ? x[0] : x[1];
         Four weight = piece == 0 ? weights[0] : weights[1];
         if (piece > 1) {
-            four = load_input(args, row, at);
-            if (has_norm) weight = oxl::load_four(args.norm_weight, at, width);
+            four = oxl::load_four(in, at, width);
+            weight = oxl::load_four(args.norm_weight, at, width);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -178,17 +177,13 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
                 make_float4(four.at[0], four.at[1], four.at[2], four.at[3]);
         }
     }
-    if (has_norm) {
-        // Its barrier is the one that the staged row needs.
-        const float square_sum = oxl::block_sum(squares, square_partials);
-        scale = oxl::norm_scale(square_sum, inverse_width, args.epsilon);
-    } else {
-        __syncthreads();
-    }
+    // Its barrier is the one that the staged row needs.
+    const float square_sum = oxl::block_sum(squares, square_partials);
+    const float scale = oxl::norm_scale(square_sum, inverse_width, args.epsilon);
 
-    const bool has_bias = has_norm && args.norm_bias != nullptr;
-    for (int at = slice_start + first; at < slice_end; at += stride) {
-        if (at != slice_start + first) places = load_places(permutation, at, width);
+    const bool has_bias = args.norm_bias != nullptr;
+    for (int at = slice.start + first; at < slice.end; at += stride) {
+        if (at != slice.start + first) places = load_places(permutation, at, width);
         Four y;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -197,7 +192,7 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
             if (IN_SHARED) {
                 value = staged[place];
             } else {
-                value = __fmul_rn(load_element(args, row, place) - mean, args.norm_weight[place]);
+                value = __fmul_rn(in[place] - mean, args.norm_weight[place]);
             }
             value = __fmul_rn(value, scale);
             if (has_bias) value = __fadd_rn(value, args.norm_bias[place]);
@@ -209,54 +204,64 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
 
 }  // namespace
 
-// Threads: `width / 8`, rounded up to whole warps, 1,024 at most. With or without a norm.
+// Threads: `width / 8`, rounded up to whole warps, 1,024 at most. With a norm only.
 extern "C" __global__ void __launch_bounds__(oxl::MOST_ROW_THREADS)
     oxl_prepare_row(const __grid_constant__ PrepareArgs args) {
     prepare_row<true>(args);
 }
 
-// The same for rows that shared memory cannot hold. With a norm only.
+// The same for rows that shared memory cannot hold.
 extern "C" __global__ void __launch_bounds__(oxl::MOST_ROW_THREADS)
     oxl_prepare_wide_row(const __grid_constant__ PrepareArgs args) {
     prepare_row<false>(args);
 }
 
-// Without a norm, for few rows or rows in their own order: four places a thread, no barrier.
+// Without a norm, for few rows or rows in their own order: four elements a thread, which it writes where they go.
+// No barrier, and few registers, so that there is room for other kernels' blocks beside.
 // Grid (rows, blocks a row, outputs).
 extern "C" __global__ void __launch_bounds__(256)
     oxl_prepare(const __grid_constant__ PrepareArgs args) {
     const int64_t row = blockIdx.x;
+    const int width = args.width;
     const int first = 4 * (blockIdx.y * blockDim.x + threadIdx.x);
-    const uint32_t* permutation = args.permutations[blockIdx.z];
+    const uint32_t* order = args.orders[blockIdx.z];
     __half* out = args.outs[blockIdx.z] + row * args.padded_width;
-    const Places places = load_places(permutation, first, args.width);
+    const Places places = load_places(order, first, width);
     oxl::dependency_trigger();
     oxl::dependency_wait();
     if (first >= args.padded_width) return;
-    Four y;
-    if (permutation == nullptr) {
-        y = load_input(args, row, first);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) y.at[i] = load_element(args, row, places.at[i]);
+    const Four y = load_input(args, row, first);
+    if (order == nullptr) {
+        store_places(out, first, width, y);
+        return;
     }
-    store_places(out, first, args.width, y);
+    const __half2 pairs[2] = {oxl::clamped_half2(y.at[0], y.at[1]),
+                              oxl::clamped_half2(y.at[2], y.at[3])};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const __half2 pair = pairs[i / 2];
+        const bool is_there = first + i < width;
+        // What is past the width is zero, and stays where it is.
+        out[is_there ? places.at[i] : first + i] = i % 2 == 0 ? __low2half(pair) : __high2half(pair);
+    }
 }
 
-// Without a norm, for many rows in another order: the row as fp16 in shared memory,
-// [width rounded up to 4], is gathered from there. With a quarter of the threads that a norm's row
-// has, and half its bytes, other blocks' loads go on while one gathers.
-// Grid (rows, 1, outputs).
-extern "C" __global__ void __launch_bounds__(256, 6)
+// Without a norm, for more rows in another order: the row as fp16 in shared memory, [width rounded up to 4], is
+// gathered from there. At very many rows a block has a quarter of the threads that a norm's row has, and half its
+// bytes, so that other blocks' loads go on while one gathers.
+// Grid (rows, slices, outputs): each block knows the whole row and writes one slice of one output.
+extern "C" __global__ void __launch_bounds__(768, 2)
     oxl_prepare_gather(const __grid_constant__ PrepareArgs args) {
     extern __shared__ float4 shared[];
     __half* staged = reinterpret_cast<__half*>(shared);
     const int64_t row = blockIdx.x;
     const int width = args.width;
-    const uint32_t* permutation = args.permutations[blockIdx.z];
+    const uint32_t* permutation = args.orders[blockIdx.z];
     __half* out = args.outs[blockIdx.z] + row * args.padded_width;
+    const Slice slice(args.padded_width);
     const int stride = 4 * blockDim.x;
     const int first = 4 * threadIdx.x;
+    Places places = load_places(permutation, slice.start + first, width);
     oxl::dependency_trigger();
     oxl::dependency_wait();
     // Places past the width are zeros; shared memory ends there.
@@ -266,8 +271,8 @@ extern "C" __global__ void __launch_bounds__(256, 6)
     }
     __syncthreads();
 #pragma unroll 2
-    for (int at = first; at < args.padded_width; at += stride) {
-        const Places places = load_places(permutation, at, width);
+    for (int at = slice.start + first; at < slice.end; at += stride) {
+        if (at != slice.start + first) places = load_places(permutation, at, width);
         uint32_t taken[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
