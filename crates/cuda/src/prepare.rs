@@ -8,7 +8,6 @@ use crate::context::GpuInfo;
 use crate::device::CudaDevice;
 use crate::error::CudaUnavailable;
 use crate::launch::Launch;
-use crate::linear::Order;
 use crate::module::{Kernel, Modules};
 
 /// Most outputs of one launch; `MOST_PREPARED` in `prepare.cu`.
@@ -44,11 +43,11 @@ pub(crate) struct Prepare<'a> {
 /// One linear's input.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct PreparedRows {
-    /// Of `width` elements, 16-byte aligned.
+    /// u32 `[width]`, 16-byte aligned: which element each place takes. `None`: its own.
     ///
     /// Like norms' weights it is read before earlier kernels have ended: it must have been
     /// written before the step.
-    pub(crate) order: Order,
+    pub(crate) permutation: Option<CUdeviceptr>,
     /// f16 `[rows, padded_width]`, 16-byte aligned.
     pub(crate) out: CUdeviceptr,
 }
@@ -61,7 +60,7 @@ struct PrepareArgs {
     gate: CUdeviceptr,
     norm_weight: CUdeviceptr,
     norm_bias: CUdeviceptr,
-    orders: [CUdeviceptr; MOST_PREPARED],
+    permutations: [CUdeviceptr; MOST_PREPARED],
     outs: [CUdeviceptr; MOST_PREPARED],
     width: i32,
     padded_width: i32,
@@ -99,7 +98,7 @@ impl PrepareKernels {
 /// Which entry prepares the rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Entry {
-    /// Several blocks a row, which write what they read where it goes: no norm.
+    /// Several blocks a row, which read what they write: no norm.
     Spread,
     /// A block has the row in shared memory as fp16: no norm.
     Gather,
@@ -131,7 +130,8 @@ struct Shape {
 /// What a row becomes does not depend on the entry where there is no norm, and the entry for a
 /// norm depends on the width alone.
 fn plan(shape: &Shape, widest_row: usize) -> (Entry, Launch) {
-    /// Up to here writes of single numbers cost less than the wait for a whole row.
+    /// Up to here many random reads from the L2 cost less than the wait for a whole row, not least
+    /// because small blocks find room beside a product's.
     const FEW_ROWS: usize = 16;
     /// From here on there is a row for every multiprocessor, and what counts is how many rows each
     /// can have under way; with fewer, several blocks share a row.
@@ -230,9 +230,7 @@ impl CudaDevice {
             padded_width: args.padded_width,
             outputs: outputs.len(),
             has_norm: args.norm.is_some(),
-            is_permuted: outputs
-                .iter()
-                .any(|output| output.order.permutation.is_some()),
+            is_permuted: outputs.iter().any(|output| output.permutation.is_some()),
         };
         let (entry, launch) = plan(&shape, kernels.widest_row);
         let kernel = match entry {
@@ -241,14 +239,10 @@ impl CudaDevice {
             Entry::Row => kernels.row,
             Entry::WideRow => kernels.wide_row,
         };
-        let mut orders = [0; MOST_PREPARED];
+        let mut permutations = [0; MOST_PREPARED];
         let mut outs = [0; MOST_PREPARED];
         for (index, output) in outputs.iter().enumerate() {
-            let order = match entry {
-                Entry::Spread => output.order.places,
-                _ => output.order.permutation,
-            };
-            orders[index] = order.unwrap_or(0);
+            permutations[index] = output.permutation.unwrap_or(0);
             outs[index] = output.out;
         }
         let args = PrepareArgs {
@@ -256,7 +250,7 @@ impl CudaDevice {
             gate,
             norm_weight,
             norm_bias,
-            orders,
+            permutations,
             outs,
             width: args.width as i32,
             padded_width: args.padded_width as i32,

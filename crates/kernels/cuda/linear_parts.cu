@@ -12,7 +12,7 @@
 // The sums of a tile's part are left in memory; whichever warp is the last to have done one of a tile's parts
 // joins them in a fixed order.
 //
-// Launch: grid = 2^parts_shift * shares, a multiple; block = 32 * warps: 12, 12, 8 and 12 warps at most for up to
+// Launch: grid = 2^parts_shift * shares, a multiple; block = 32 * warps: 16, 12, 8 and 12 warps at most for up to
 // 8, 16, 24 and 32 rows, the latter 8 for other compute capabilities than 9.0; dynamic shared memory, with R rows up
 // to the next multiple of 8, = warps * SLOTS * SLOT_BYTES + 64 * R * part_blocks + 8 * matrices * ranges of a part *
 // range_units, and warps * 128 * R for two ranges of a part, twice that for four.
@@ -333,8 +333,8 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
 
 }  // namespace oxl
 
-// Up to 8 rows, whose activations `oxl_linear_few` has no room for.
-extern "C" __global__ void __launch_bounds__(384, 1)
+// Up to 8 rows, whose activations `oxl_linear_few` has no room for. Registers as there.
+extern "C" __global__ void __launch_bounds__(640, 1)
     oxl_linear_8(const __grid_constant__ LinearArgs args) {
     oxl::linear_parts<1>(args);
 }

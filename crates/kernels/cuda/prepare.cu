@@ -25,9 +25,8 @@ struct PrepareArgs {
     const float* norm_weight;
     // f32 [width] or null; with a norm only.
     const float* norm_bias;
-    // u32 [width] each, 16-byte aligned: which element of y each place takes; of `oxl_prepare`, where each
-    // element goes. Null: its own.
-    const uint32_t* orders[MOST_PREPARED];
+    // u32 [width] each, 16-byte aligned: which element of y each place takes. Null: its own.
+    const uint32_t* permutations[MOST_PREPARED];
     // f16 [rows, padded_width] each, 16-byte aligned.
     __half* outs[MOST_PREPARED];
     int32_t width;
@@ -94,6 +93,14 @@ __device__ __forceinline__ Four load_input(const PrepareArgs& args, int64_t row,
     return y;
 }
 
+// One element of y without a norm.
+__device__ __forceinline__ float load_element(const PrepareArgs& args, int64_t row, int place) {
+    const int64_t index = row * args.width + place;
+    const float x = args.x[index];
+    if (args.gate == nullptr) return x;
+    return __fmul_rn(oxl::activate(args.activation, args.gate[index]), x);
+}
+
 // The places of a row that a block writes: its share, in fours.
 struct Slice {
     int start;
@@ -121,7 +128,7 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
     const int threads = blockDim.x;
     const int stride = 4 * threads;
     const int first = 4 * threadIdx.x;
-    const uint32_t* permutation = args.orders[blockIdx.z];
+    const uint32_t* permutation = args.permutations[blockIdx.z];
     __half* out = args.outs[blockIdx.z] + row * args.padded_width;
     const float* in = args.x + row * width;
     const Slice slice(args.padded_width);
@@ -216,34 +223,26 @@ extern "C" __global__ void __launch_bounds__(oxl::MOST_ROW_THREADS)
     prepare_row<false>(args);
 }
 
-// Without a norm, for few rows or rows in their own order: four elements a thread, which it writes where they go.
-// No barrier, and few registers, so that there is room for other kernels' blocks beside.
-// Grid (rows, blocks a row, outputs).
+// Without a norm, for few rows or rows in their own order: four places a thread, no barrier, and few registers, so
+// that there is room for other kernels' blocks beside. Grid (rows, blocks a row, outputs).
 extern "C" __global__ void __launch_bounds__(256)
     oxl_prepare(const __grid_constant__ PrepareArgs args) {
     const int64_t row = blockIdx.x;
-    const int width = args.width;
     const int first = 4 * (blockIdx.y * blockDim.x + threadIdx.x);
-    const uint32_t* order = args.orders[blockIdx.z];
+    const uint32_t* permutation = args.permutations[blockIdx.z];
     __half* out = args.outs[blockIdx.z] + row * args.padded_width;
-    const Places places = load_places(order, first, width);
+    const Places places = load_places(permutation, first, args.width);
     oxl::dependency_trigger();
     oxl::dependency_wait();
     if (first >= args.padded_width) return;
-    const Four y = load_input(args, row, first);
-    if (order == nullptr) {
-        store_places(out, first, width, y);
-        return;
-    }
-    const __half2 pairs[2] = {oxl::clamped_half2(y.at[0], y.at[1]),
-                              oxl::clamped_half2(y.at[2], y.at[3])};
+    Four y;
+    if (permutation == nullptr) {
+        y = load_input(args, row, first);
+    } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const __half2 pair = pairs[i / 2];
-        const bool is_there = first + i < width;
-        // What is past the width is zero, and stays where it is.
-        out[is_there ? places.at[i] : first + i] = i % 2 == 0 ? __low2half(pair) : __high2half(pair);
+        for (int i = 0; i < 4; ++i) y.at[i] = load_element(args, row, places.at[i]);
     }
+    store_places(out, first, args.width, y);
 }
 
 // Without a norm, for more rows in another order: the row as fp16 in shared memory, [width rounded up to 4], is
@@ -256,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(768, 2)
     __half* staged = reinterpret_cast<__half*>(shared);
     const int64_t row = blockIdx.x;
     const int width = args.width;
-    const uint32_t* permutation = args.orders[blockIdx.z];
+    const uint32_t* permutation = args.permutations[blockIdx.z];
     __half* out = args.outs[blockIdx.z] + row * args.padded_width;
     const Slice slice(args.padded_width);
     const int stride = 4 * blockDim.x;

@@ -59,7 +59,7 @@ pub(crate) struct Order {
     /// Tells orders apart; equal for those that are inputs as they come.
     hash: u64,
     /// u32 `[in_features]`: the input at each packed place; `None`: its own.
-    pub(crate) permutation: Option<CUdeviceptr>,
+    permutation: Option<CUdeviceptr>,
     /// u32 `[in_features]`: each input's packed place; `None`: its own.
     pub(crate) places: Option<CUdeviceptr>,
 }
@@ -176,12 +176,12 @@ impl CudaDevice {
         let first = group[0].weights;
         rows.padded_width = first.layout.padded_inputs();
         let mut prepared = [PreparedRows {
-            order: Order::plain(),
+            permutation: None,
             out: 0,
         }; MOST_PREPARED];
         for (slot, prepared) in prepared[..orders.count].iter_mut().enumerate() {
             let out = scratch.activations(slot, rows.rows, rows.padded_width);
-            prepared.order = orders.distinct[slot];
+            prepared.permutation = orders.distinct[slot].permutation;
             prepared.out = out.ok_or_else(|| self.too_many_rows(rows.rows, scratch))?;
         }
         let unused = Operand {

@@ -184,7 +184,8 @@ impl Plan {
     fn parts(&self, shape: LaunchShape, limits: Limits) -> Option<Division> {
         // More rows take more registers, but for how the compiler happens to deal with them.
         let most_warps = match shape.rows.div_ceil(ROWS_OF_TILE) {
-            1 | 2 => 12,
+            1 => 16,
+            2 => 12,
             4 if limits.is_hopper => 12,
             _ => 8,
         };
@@ -337,7 +338,7 @@ mod tests {
             Kind::Parts { parts, part_blocks } => {
                 assert!(parts.is_power_of_two() && parts <= plan.ranges);
                 assert!(plan.ranges / parts <= MOST_PART_RANGES);
-                assert!(division.warps <= 12);
+                assert!(division.rows <= 8 || division.warps <= 12);
                 assert!(division.rows <= 16 || division.rows > 24 || division.warps <= 8);
                 assert!(division.rows <= 24 || limits.is_hopper || division.warps <= 8);
                 for part in 0..parts {
@@ -373,7 +374,7 @@ mod tests {
         };
         assert_eq!(division(128, 384, 1), (1, 16, 0));
         assert_eq!(division(128, 384, 8), (8, 16, 0));
-        assert_eq!(division(344, 128, 8), (8, 12, 8));
+        assert_eq!(division(344, 128, 8), (8, 16, 16));
         assert_eq!(division(128, 384, 16), (16, 12, 4));
         assert_eq!(division(128, 384, 32), (32, 12, 4));
         assert_eq!(division(128, 128, 32), (32, 12, 8));
