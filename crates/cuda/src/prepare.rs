@@ -133,13 +133,15 @@ fn plan(shape: &Shape, widest_row: usize) -> (Entry, Launch) {
     /// Up to here many random reads from the L2 cost less than the wait for a whole row, not least
     /// because small blocks find room beside a product's.
     const FEW_ROWS: usize = 16;
+    const FEW_ELEMENTS: usize = 1 << 18;
     /// From here on there is a row for every multiprocessor, and what counts is how many rows each
     /// can have under way; with fewer, several blocks share a row.
     const MANY_ROWS: usize = 128;
     let fits = shape.width <= widest_row;
+    let is_little = shape.rows <= FEW_ROWS && shape.rows * shape.width <= FEW_ELEMENTS;
     let entry = if shape.has_norm {
         if fits { Entry::Row } else { Entry::WideRow }
-    } else if shape.is_permuted && shape.rows > FEW_ROWS && fits {
+    } else if shape.is_permuted && !is_little && fits {
         Entry::Gather
     } else {
         Entry::Spread
