@@ -1,8 +1,8 @@
 // What the kernels that multiply weights as they are stored have in common: their arguments and the
 // sums of a warp.
 //
-// Order of sums: within a group in the tensor core (weights less their zero point, exact in
-// fp16), groups in order with acc += scale * part, ranges of K in pairs, pairs of pairs and so on. All
+// Order of sums: within a unit (units.cuh) in the tensor core (weights less their zero point, exact in
+// fp16), units in order with acc += scale * part, ranges of K in pairs, pairs of pairs and so on. All
 // of it depends on the matrix and the device alone: a row's bits do not depend on the other rows
 // nor on their number, and so not on the kernel either.
 #pragma once
