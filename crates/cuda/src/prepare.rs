@@ -14,10 +14,10 @@ use crate::module::{Kernel, Modules};
 pub(crate) const MOST_PREPARED: usize = 3;
 
 /// Threads of a block of `oxl_prepare`, each of which writes four places, and of
-/// `oxl_prepare_gather`.
+/// `oxl_prepare_gather` where there are rows for all multiprocessors.
 const THREADS: usize = 256;
 
-/// Most threads of a block that gathers a row.
+/// Most threads of a block of `oxl_prepare_gather`.
 const GATHER_THREADS: usize = 768;
 
 /// Shared memory of a block that is not a row's: sums.
@@ -130,8 +130,8 @@ struct Shape {
 /// What a row becomes does not depend on the entry where there is no norm, and the entry for a
 /// norm depends on the width alone.
 fn plan(shape: &Shape, widest_row: usize) -> (Entry, Launch) {
-    /// Up to here many random reads from the L2 cost less than the wait for a whole row, not least
-    /// because small blocks find room beside a product's.
+    /// Up to so many rows and numbers, random reads from the L2 cost less than the wait for a whole
+    /// row, not least because small blocks find room beside a product's.
     const FEW_ROWS: usize = 16;
     const FEW_ELEMENTS: usize = 1 << 18;
     /// From here on there is a row for every multiprocessor, and what counts is how many rows each
@@ -350,6 +350,12 @@ mod tests {
         };
         assert_eq!(plan(&shape(1, true), WIDEST_ROW).0, Entry::Spread);
         assert_eq!(plan(&shape(16, true), WIDEST_ROW).0, Entry::Spread);
+        let wide = Shape {
+            width: 22_016,
+            padded_width: 22_016,
+            ..shape(16, true)
+        };
+        assert_eq!(plan(&wide, WIDEST_ROW).0, Entry::Gather);
         let (entry, launch) = plan(&shape(32, true), WIDEST_ROW);
         assert_eq!((entry, launch.grid), (Entry::Gather, [32, 2, 1]));
         assert_eq!(plan(&shape(128, true), WIDEST_ROW).0, Entry::Gather);

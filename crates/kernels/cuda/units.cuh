@@ -199,7 +199,7 @@ struct SharedRows {
 // Two to a power that a normal number has. Folds to a constant.
 __device__ __forceinline__ float two_to(int power) { return __uint_as_float((127 + power) << 23); }
 
-// The scales of a lane's outputs in a unit, times what makes `take_weights`' numbers codes.
+// The scales of a lane's outputs in a unit, times what makes codes of `take_weights`' numbers.
 template <int BITS, bool IS_GPTQ>
 __device__ __forceinline__ void unit_scales(const char* slot, uint32_t shape, int lane,
                                             float (&scales)[4]) {
