@@ -280,9 +280,9 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
     char* x = reinterpret_cast<char*>(all_waiting + warps * warp_fours);
     Unit* units = reinterpret_cast<Unit*>(x + args.part_blocks * BLOCK_BYTES);
     const int matrix_units = ranges * args.range_units;
-    int index = matrix_of(args, first_item);
+    const int first_index = matrix_of(args, first_item);
 #pragma unroll 1
-    for (int i = index; i < args.matrix_count && args.matrices[i].first_item < item_end; ++i) {
+    for (int i = first_index; i < args.matrix_count && args.matrices[i].first_item < item_end; ++i) {
         load_part(args, i, part * ranges, ranges, units + i * matrix_units, part_of + i);
     }
     __syncthreads();
@@ -292,7 +292,7 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
     stream.slot = 0;
     stream.cursor.stride = warps;
     int item = first_item + warp;
-    stream.start(item, index);
+    stream.start(item, first_index);
     dependency_wait();
 
     const char* x_lane = x + lane * PIECE_BYTES;

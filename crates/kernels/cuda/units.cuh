@@ -231,9 +231,13 @@ __device__ __forceinline__ void unit_scales(const char* slot, uint32_t shape, in
     }
 }
 
-// Zero points of a lane's outputs, negated, in both halves as codes are: `stored` are GPTQ's, in bytes.
+// Zero points of a lane's outputs in a unit, negated, in both halves as codes are.
 template <int BITS, bool IS_GPTQ>
-__device__ __forceinline__ void negative_zeros(uint32_t stored, uint32_t (&zeros)[4]) {
+__device__ __forceinline__ void negative_zeros(const char* slot, int lane, uint32_t (&zeros)[4]) {
+    uint32_t stored = 0;
+    if constexpr (IS_GPTQ) {
+        stored = *reinterpret_cast<const uint32_t*>(slot + UNIT_BYTES + ZEROS_AT + lane / 4 * 4);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint32_t zero = IS_GPTQ ? stored >> (8 * i) & 0xff : 1u << (BITS - 1);
@@ -258,7 +262,7 @@ struct Stream {
 
     const LinearArgs& args;
     char* ring;
-    const Unit* all_units;  // of all matrices
+    const Unit* all_units;    // of all matrices
     const WarpRange* ranges;  // of all matrices
     int matrix_units;         // room for a matrix' among `all_units`
     int lane;
@@ -314,11 +318,7 @@ struct Stream {
         Sums<ROW_TILES> part;
         clear<ROW_TILES>(part);
         uint32_t zeros[4];
-        if constexpr (BITS != BITS_FLOAT) {
-            const char* stored = first + UNIT_BYTES + ZEROS_AT + lane / 4 * 4;
-            negative_zeros<BITS, IS_GPTQ>(
-                IS_GPTQ ? *reinterpret_cast<const uint32_t*>(stored) : 0, zeros);
-        }
+        if constexpr (BITS != BITS_FLOAT) negative_zeros<BITS, IS_GPTQ>(first, lane, zeros);
 #pragma unroll UNROLL
         for (int i = 0; i < blocks; ++i) {
             const BlockReader reader = {first + i * (BITS * BLOCK_UNIT_BYTES)};
