@@ -36,7 +36,7 @@ impl Made {
         let input = (rows.x.address(), rows.rows, rows.width);
         let is_plain = rows.gate.is_none() && rows.norm.is_none();
         let has_order = |output: &LinearOutput<'_, CudaLinear, CudaBuffer>| {
-            output.weights.order.hash == self.reader.order.hash
+            output.weights.order.is_same(&self.reader.order)
         };
         is_plain
             && input == (self.source, self.rows, self.reader.width)

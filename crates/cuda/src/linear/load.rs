@@ -14,9 +14,10 @@ use oxllama_memory::{Bytes, Reservation};
 use super::layout::{
     BlockInfo, Layout, MOST_BLOCKS, TILE_OUTPUTS, UNIT_BYTES, block_table, groups, section_ends,
 };
+use super::order::{Order, inverse, permutation_of};
 use super::plan::{Limits, Plan};
 use super::ranges::RangeTable;
-use super::{CudaLinear, LinearMemory, Order};
+use super::{CudaLinear, LinearMemory};
 use crate::buffer::CudaBuffer;
 use crate::context::Context;
 use crate::device::CudaDevice;
@@ -500,29 +501,6 @@ fn repack_launch(warps: usize) -> Launch {
     Launch::linear(warps.div_ceil(REPACK_WARPS), REPACK_WARPS * 32)
 }
 
-/// The order of inputs, empty where packed rows are inputs as they come.
-fn permutation(source: &LinearSource<'_>) -> Vec<u32> {
-    let order = match source {
-        LinearSource::Exl2(linear) => linear.permutation().to_vec(),
-        LinearSource::Gptq(linear) if linear.is_reordered() => linear.permutation(),
-        LinearSource::Gptq(_) | LinearSource::Float(_) => Vec::new(),
-    };
-    let is_identity = order
-        .iter()
-        .enumerate()
-        .all(|(at, &from)| at == from as usize);
-    if is_identity { Vec::new() } else { order }
-}
-
-/// Where each input goes, of an order of all.
-fn inverse(permutation: &[u32]) -> Vec<u32> {
-    let mut places = vec![0; permutation.len()];
-    for (place, &input) in permutation.iter().enumerate() {
-        places[input as usize] = place as u32;
-    }
-    places
-}
-
 impl CudaDevice {
     /// Repacks `source` into `reservation`.
     pub(super) fn load(
@@ -552,7 +530,7 @@ impl CudaDevice {
             });
         };
         let buffer = CudaBuffer::allocate(self.context(), reservation)?;
-        let order = permutation(source);
+        let order = permutation_of(source);
         let mut loader = self.loaders().take(self.context())?;
         let mut load = Load {
             device: self,
@@ -572,34 +550,20 @@ impl CudaDevice {
         };
         self.loaders().give_back(loader);
         let sections = section_ends(&groups);
-        let at = |offset| Some(buffer.at(offset));
         Ok(CudaLinear {
             in_features: header.in_features,
             out_features: header.out_features,
             matrix: layout.matrix(buffer.address(), &sections, scale),
-            order: Order {
-                hash: super::hash_of(&order),
-                permutation: at(layout.permutation).filter(|_| !order.is_empty()),
-                places: at(layout.places).filter(|_| !order.is_empty()),
-            },
-            bias: if header.bias { at(layout.bias) } else { None },
+            order: Order::new(
+                &order,
+                buffer.at(layout.permutation),
+                buffer.at(layout.places),
+            ),
+            bias: header.bias.then(|| buffer.at(layout.bias)),
             plan,
             range_units: ranges.range_units,
             layout,
             _memory: LinearMemory::Device(buffer),
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_input_is_found_at_its_place() {
-        let permutation = [3, 0, 4, 1, 2];
-        let places = inverse(&permutation);
-        assert_eq!(places, [1, 3, 4, 0, 2]);
-        assert_eq!(inverse(&places), permutation);
     }
 }

@@ -6,11 +6,10 @@ mod host;
 mod launch;
 mod layout;
 mod load;
+mod order;
 mod plan;
 mod ranges;
 mod scratch;
-
-use std::hash::{DefaultHasher, Hash, Hasher};
 
 use cudarc::driver::sys::CUdeviceptr;
 use oxllama_backend::{DeviceError, GatedLinear, LinearOps, LinearOutput, NormLinears, Store};
@@ -29,6 +28,7 @@ pub(crate) use launch::LinearKernels;
 use launch::Operand;
 use layout::{Layout, TileMatrix};
 pub(crate) use load::LoaderPool;
+use order::Order;
 use plan::Plan;
 use scratch::FEW_ROWS;
 pub(crate) use scratch::{LIBRARY_BYTES, LinearScratch};
@@ -53,40 +53,12 @@ pub struct CudaLinear {
     _memory: LinearMemory,
 }
 
-/// An order of inputs.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Order {
-    /// Tells orders apart; equal for those that are inputs as they come.
-    hash: u64,
-    /// u32 `[in_features]`: the input at each packed place; `None`: its own.
-    permutation: Option<CUdeviceptr>,
-    /// u32 `[in_features]`: each input's packed place; `None`: its own.
-    pub(crate) places: Option<CUdeviceptr>,
-}
-
-impl Order {
-    /// Inputs as they come.
-    fn plain() -> Self {
-        Self {
-            hash: hash_of(&[]),
-            ..Self::default()
-        }
-    }
-}
-
 /// Memory that kernels read weights from, kept for as long as they do.
 #[derive(Debug)]
 enum LinearMemory {
     Device(#[expect(dead_code, reason = "held, not read")] CudaBuffer),
     /// Page-locked, which the device reads over the bus.
     Host(#[expect(dead_code, reason = "held, not read")] (PinnedBuffer, Reservation)),
-}
-
-/// A number that stands for an order of inputs.
-fn hash_of(order: &[u32]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    order.hash(&mut hasher);
-    hasher.finish()
 }
 
 /// Which orders of inputs a run of linears needs.
@@ -100,7 +72,7 @@ impl Orders {
     /// The place of `weights`' order among at most `most`; `None` if it would be one more.
     fn slot_of(&mut self, weights: &CudaLinear, most: usize) -> Option<usize> {
         let known = &self.distinct[..self.count];
-        let is_same = |order: &Order| order.hash == weights.order.hash;
+        let is_same = |order: &Order| order.is_same(&weights.order);
         if let Some(slot) = known.iter().position(is_same) {
             return Some(slot);
         }
