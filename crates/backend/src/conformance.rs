@@ -24,6 +24,7 @@ mod elementwise;
 mod kept;
 mod linear;
 mod linear_cases;
+mod long_attention;
 mod oracle;
 mod random;
 mod weights;
@@ -178,6 +179,7 @@ pub fn run_selected<D: Device>(
     elementwise::run(&mut suite)?;
     linear::run(&mut suite)?;
     attention::run(&mut suite)?;
+    long_attention::run(&mut suite)?;
     draws::run(&mut suite)?;
     suite.case("memory: every byte is given back".to_owned(), 0.0, |_| {
         Ok(if held(ledger) == before { 0.0 } else { 1.0 })

@@ -1,0 +1,187 @@
+//! A row that sees thousands of tokens: its bits are the same whether it is alone in its step, which a
+//! backend may share among many workers, has hundreds of neighbours, which leave one for it, or ends a
+//! long run of rows, which may be another kernel's.
+
+use oxllama_memory::CacheFormat;
+
+use super::random::Random;
+use super::{Bench, CaseError, ConformanceError, Suite, differing_bits};
+use crate::{
+    AttentionArgs, CacheShape, Device, KvLayer, PAGE_TOKENS, Rope, RopeStyle, StepBatch,
+    WorkspaceShape,
+};
+
+const HEADS: usize = 2;
+const KV_HEADS: usize = 1;
+const HEAD_DIM: usize = 32;
+
+/// Rows of the run that ends the sequence.
+const RUN: usize = 40;
+
+/// One-token sequences beside the row.
+const NEIGHBOURS: usize = 300;
+
+pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), ConformanceError> {
+    for format in [CacheFormat::F16, CacheFormat::Q4] {
+        for (tokens, window) in [(4_200, None), (8_300, None), (4_500, Some(4_200))] {
+            let seen = window.map_or(String::new(), |window| format!(" in a window of {window}"));
+            let name = format!("row independence: attention over {tokens} tokens{seen}, {format}");
+            suite.case(name, 0.0, |bench| {
+                LongSequence::new(bench, tokens, window, format)?.differing()
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// The sequence, whose pages come first in the pool, and its neighbours, of a page each.
+struct LongSequence<'a, D: Device> {
+    bench: &'a Bench<'a, D>,
+    tokens: usize,
+    window: Option<usize>,
+    cache: KvLayer<D::Buffer>,
+    workspace: D::Workspace,
+    rope: Rope,
+}
+
+/// Rows of a step: `(sequence, position)`, and the sequences' pages.
+struct Rows {
+    rows: Vec<(usize, usize)>,
+    /// Added to positions, names what tokens bring.
+    first_token: usize,
+    /// `[sequences, pages_per_sequence]`
+    page_tables: Vec<u32>,
+    pages_per_sequence: usize,
+}
+
+impl<'a, D: Device> LongSequence<'a, D> {
+    fn new(
+        bench: &'a Bench<'a, D>,
+        tokens: usize,
+        window: Option<usize>,
+        format: CacheFormat,
+    ) -> Result<Self, CaseError> {
+        let pages = tokens.div_ceil(PAGE_TOKENS);
+        let shape = CacheShape {
+            pages: pages + NEIGHBOURS,
+            kv_heads: KV_HEADS,
+            head_dim: HEAD_DIM,
+            format,
+        };
+        let cache = KvLayer {
+            shape,
+            keys: bench.upload_bytes(&vec![0; shape.pages * shape.key_page_bytes()])?,
+            values: bench.upload_bytes(&vec![0; shape.pages * shape.value_page_bytes()])?,
+        };
+        let workspace = bench.workspace(&WorkspaceShape {
+            rows: PAGE_TOKENS.max(NEIGHBOURS + 1),
+            sequences: NEIGHBOURS + 1,
+            pages_per_sequence: pages,
+            max_in_features: HEADS * HEAD_DIM,
+            max_out_features: HEADS * HEAD_DIM,
+            draw_width: 0,
+            heads: HEADS,
+            kv_heads: KV_HEADS,
+            head_dim: HEAD_DIM,
+            rotary_dim: HEAD_DIM,
+            ropes: 1,
+        })?;
+        let frequency = |pair| 10_000_f32.powf(-2.0 * pair as f32 / HEAD_DIM as f32);
+        Ok(Self {
+            bench,
+            tokens,
+            window,
+            cache,
+            workspace,
+            rope: Rope {
+                inverse_frequencies: (0..HEAD_DIM / 2).map(frequency).collect(),
+                attention_factor: 1.0,
+                style: RopeStyle::Halves,
+            },
+        })
+    }
+
+    /// Numbers of the last row's result that differ between the ways to compute it.
+    fn differing(&mut self) -> Result<f64, CaseError> {
+        let pages: Vec<u32> = (0..self.tokens.div_ceil(PAGE_TOKENS) as u32).collect();
+        // What the pages hold does not matter: each is filled as if it were a sequence's only one.
+        for &page in &pages {
+            let rows = (0..PAGE_TOKENS).map(|position| (0, position)).collect();
+            self.step(&Rows {
+                rows,
+                first_token: page as usize * PAGE_TOKENS,
+                page_tables: vec![page],
+                pages_per_sequence: 1,
+            })?;
+        }
+        let last = self.tokens - 1;
+        let of_sequence = |rows: Vec<(usize, usize)>| Rows {
+            rows,
+            first_token: 0,
+            page_tables: pages.clone(),
+            pages_per_sequence: pages.len(),
+        };
+        let run = (self.tokens - RUN..self.tokens).map(|position| (0, position));
+        let width = HEADS * HEAD_DIM;
+        let run = self.step(&of_sequence(run.collect()))?;
+        let alone = self.step(&of_sequence(vec![(0, last)]))?;
+        let mut crowd = of_sequence(vec![(0, last)]);
+        for neighbour in 0..NEIGHBOURS {
+            crowd.rows.push((neighbour + 1, 0));
+            crowd.page_tables.push((pages.len() + neighbour) as u32);
+            let others = pages.len() - 1;
+            crowd
+                .page_tables
+                .extend(std::iter::repeat_n(u32::MAX, others));
+        }
+        let crowd = self.step(&crowd)?;
+        Ok(differing_bits(&run[run.len() - width..], &alone)
+            + differing_bits(&crowd[..width], &alone))
+    }
+
+    /// One step.
+    fn step(&mut self, step: &Rows) -> Result<Vec<f32>, CaseError> {
+        let positions: Vec<u32> = step.rows.iter().map(|&(_, at)| at as u32).collect();
+        let row_sequences: Vec<u32> = step.rows.iter().map(|&(slot, _)| slot as u32).collect();
+        let batch = StepBatch {
+            token_ids: &vec![0; step.rows.len()],
+            positions: &positions,
+            row_sequences: &row_sequences,
+            page_tables: &step.page_tables,
+            pages_per_sequence: step.pages_per_sequence,
+            logit_rows: &[],
+            draws: &[],
+            changes: &[],
+        };
+        let device = self.bench.device;
+        let ropes = std::slice::from_ref(&self.rope);
+        device.begin_step(&batch, ropes, &mut self.workspace)?;
+        let (mut queries, mut keys, mut values) = (Vec::new(), Vec::new(), Vec::new());
+        for &(_, position) in &step.rows {
+            let token = step.first_token + position;
+            let mut random = Random::for_case(&format!("token {token}"));
+            let mut part = |heads: usize| random.uniforms(heads * HEAD_DIM, -2.0, 2.0);
+            queries.extend(part(HEADS));
+            keys.extend(part(KV_HEADS));
+            values.extend(part(KV_HEADS));
+        }
+        let elements = queries.len();
+        let mut out = self.bench.output(elements)?;
+        let args = AttentionArgs {
+            queries: &mut self.bench.upload(&queries)?,
+            keys: &mut self.bench.upload(&keys)?,
+            values: &self.bench.upload(&values)?,
+            cache: &mut self.cache,
+            out: &mut out,
+            query_norm: None,
+            key_norm: None,
+            rope: Some(0),
+            heads: HEADS,
+            scale: 1.0 / (HEAD_DIM as f32).sqrt(),
+            softcap: None,
+            window: self.window,
+        };
+        device.attention(args, &mut self.workspace)?;
+        self.bench.read(&out, elements)
+    }
+}
