@@ -300,7 +300,7 @@ struct Span {
         // The same for all rows of a tile: the host cuts them where the rule changes.
         const int tokens = queries.first_position + 1 - first_token;
         piece_shift = 0;
-        while (TILE * MOST_PIECES << piece_shift < tokens) piece_shift += 2;
+        while (TILE * MOST_PIECES << piece_shift < tokens) ++piece_shift;
         piece_tiles = 1 << piece_shift;
         first_piece = first_token / TILE >> piece_shift;
         last_piece = last_tile >> piece_shift;

@@ -9,7 +9,7 @@
 // elsewhere: each block norms and rotates its query heads; the one that has the row's own token among
 // its pieces norms, rotates and stores its key and value, and attends to them as they will be read
 // back. All else that a block reads is older than the step and on its way before the wait.
-#include "split.cuh"
+#include "split_results.cuh"
 
 namespace {
 
@@ -17,10 +17,6 @@ using namespace oxl;
 
 // Row length of a tile's weights in shared memory.
 constexpr int WEIGHT_STRIDE = TILE + PADDING;
-// Row length of results in shared memory, where a tile was.
-template <int D>
-constexpr int RESULT_STRIDE = D + PADDING;
-
 // What a block's shared memory begins with. The queries, fp16 [HEADS_OF_WARP, D + PADDING] or as
 // many rows as there are, come next; when they are in registers, the weights of a tile, fp16
 // [HEADS_OF_WARP, WEIGHT_STRIDE], take their place. Then the step's heads as they come, f32
@@ -29,44 +25,14 @@ template <int D>
 struct SplitShared {
     float largest[ATTEND_WARPS][HEADS_OF_WARP];
     float sums[HEADS_OF_WARP];
+    // Of a block that is alone: states over the pieces before, which all warps compute alike.
+    RowState wholes[ATTEND_WARPS][HEADS_OF_WARP];
     int is_last;
     int unused[15];
     // The row's own key and value as they will be decoded.
     __half fresh[2][D];
 };
 static_assert(sizeof(SplitShared<64>) % 128 == 0, "tiles are aligned");
-
-// The four elements that the lane has of a group of 32, rotated as `rotate_group` does: lane i has
-// 4 (i % 8) + 0..4.
-__device__ __forceinline__ void rotate_four(float (&x)[4], int lane) {
-#pragma unroll
-    for (int distance = 1; distance <= 2; distance *= 2) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if ((i & distance) != 0) continue;
-            const float first = x[i];
-            const float second = x[i + distance];
-            x[i] = __fadd_rn(first, second);
-            x[i + distance] = __fsub_rn(first, second);
-        }
-    }
-#pragma unroll
-    for (int distance = 1; distance <= 4; distance *= 2) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float other = __shfl_xor_sync(0xffffffffu, x[i], distance);
-            x[i] = (lane & distance) == 0 ? __fadd_rn(x[i], other) : __fsub_rn(other, x[i]);
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = __fmul_rn(x[i], 0.17677669f);
-}
-
-// Where a piece's part of query head m lies: index into [partial_rows, heads, most_pieces].
-__device__ __forceinline__ int64_t partial_index(const AttendArgs& args, const Queries& queries,
-                                                 int m, int piece) {
-    return queries.partial(args, m) * args.most_pieces + piece;
-}
 
 // One block's share of a tile of rows: its pieces, every `step`-th from `first_piece` on.
 template <int D>
@@ -223,29 +189,46 @@ struct SplitBlock {
         }
     }
 
-    // Folds a piece into the whole.
-    static __device__ __forceinline__ void fold_piece(LaneStates& whole,
-                                                      float (&result)[PAIRS][2][4],
-                                                      const LaneStates& states,
-                                                      const float (&kept)[PAIRS][2][4]) {
-        FoldFactors factors[2];
+    // Folds a piece into the pieces before it, which lie where f32 results go, and keeps the whole.
+    __device__ __forceinline__ void fold_piece(LaneStates& states, float (&kept)[PAIRS][2][4],
+                                               bool is_first) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) factors[i] = fold_state(whole.rows[i], states.rows[i]);
+        for (int i = 0; i < 2; ++i) {
+            const int m = lane / 4 + 8 * i;
+            RowState whole = is_first ? nothing_seen() : shared.wholes[warp][m];
+            const FoldFactors factors = fold_state(whole, states.rows[i]);
+            states.rows[i] = whole;
+            // All lanes of a row write the same, after they all have read.
+            __syncwarp();
+            shared.wholes[warp][m] = whole;
+            if (!queries.has(args, m)) continue;
+            float* row = args.out + queries.query(args, m) * args.head_dim;
 #pragma unroll
-        for (int i = 0; i < PAIRS * 8; ++i) {
-            float& x = result[i / 8][i / 4 % 2][i % 4];
-            x = fold(x, kept[i / 8][i / 4 % 2][i % 4], factors[i % 4 / 2]);
+            for (int pair = 0; pair < PAIRS; ++pair) {
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    const int dimension = (warp * PAIRS + pair) * 16 + n * 8 + lane % 4 * 2;
+                    if (dimension >= args.head_dim) continue;
+                    float2* place = reinterpret_cast<float2*>(row + dimension);
+                    float2 before = make_float2(0.0f, 0.0f);
+                    if (!is_first) before = *place;
+                    float* two = &kept[pair][n][2 * i];
+                    two[0] = fold(before.x, two[0], factors);
+                    two[1] = fold(before.y, two[1], factors);
+                    *place = make_float2(two[0], two[1]);
+                }
+            }
         }
     }
 
     // Writes the whole to shared memory, where tiles were, all of which have been used.
-    __device__ __forceinline__ void write_whole(float* results, const LaneStates& whole,
-                                                const float (&result)[PAIRS][2][4]) {
-        write(result, [&](int m) { return results + m * RESULT_STRIDE<D>; });
+    __device__ __forceinline__ void write_whole(float* results, const LaneStates& states,
+                                                const float (&kept)[PAIRS][2][4]) {
+        write(kept, [&](int m) { return results + m * RESULT_STRIDE<D>; });
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int m = lane / 4 + 8 * i;
-            if (warp == 0 && lane % 4 == 0) shared.sums[m] = whole.rows[i].sum;
+            if (warp == 0 && lane % 4 == 0) shared.sums[m] = states.rows[i].sum;
         }
     }
 
@@ -267,127 +250,6 @@ struct SplitBlock {
     }
 };
 
-// Four dimensions of query head m, from `quad` on, folded from all pieces; returns the sum of
-// weights.
-template <int D>
-__device__ __forceinline__ float fold_pieces(float (&x)[4], const AttendArgs& args,
-                                             const Queries& queries, int pieces, int m,
-                                             int quad) {
-    // Pieces whose parts are on their way together.
-    constexpr int AHEAD = 16;
-    const int64_t index = partial_index(args, queries, m, 0);
-    const float2* states = reinterpret_cast<const float2*>(args.partial_state) + index;
-    const float4* parts = reinterpret_cast<const float4*>(args.partial_out + index * D + quad);
-    RowState state = nothing_seen();
-#pragma unroll 1
-    for (int first = 0; first < pieces; first += AHEAD) {
-        float2 part_states[AHEAD];
-        float4 loaded[AHEAD];
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            const int piece = min(first + i, pieces - 1);
-            part_states[i] = __ldcg(states + piece);
-            loaded[i] = __ldcg(parts + piece * (D / 4));
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            if (first + i >= pieces) break;
-            const FoldFactors factors =
-                fold_state(state, {part_states[i].x, part_states[i].y});
-            x[0] = fold(x[0], loaded[i].x, factors);
-            x[1] = fold(x[1], loaded[i].y, factors);
-            x[2] = fold(x[2], loaded[i].z, factors);
-            x[3] = fold(x[3], loaded[i].w, factors);
-        }
-    }
-    return state.sum;
-}
-
-// Four dimensions of a query head's result, which a thread stores.
-template <int D>
-struct Piece {
-    static constexpr int QUADS = D / 4;
-    int m;
-    int quad;
-
-    __device__ __forceinline__ explicit Piece(int index)
-        : m(index / QUADS), quad(index % QUADS * 4) {}
-
-    // Where they go in the linear's order.
-    __device__ __forceinline__ uint4 places(const AttendSplitArgs& all,
-                                            const Queries& queries) const {
-        const AttendArgs& args = all.attend;
-        const int head = queries.first_head + queries.head(args, m);
-        const uint32_t first = head * args.head_dim + quad;
-        if (all.out_places == nullptr) return {first, first + 1, first + 2, first + 3};
-        const bool is_there = queries.has(args, m) && quad < args.head_dim;
-        return __ldg(reinterpret_cast<const uint4*>(all.out_places + (is_there ? first : 0)));
-    }
-
-    // Stores them there.
-    __device__ __forceinline__ void store(const AttendSplitArgs& all, const Queries& queries,
-                                          const float (&x)[4], const uint4& places) const {
-        const AttendArgs& args = all.attend;
-        if (quad >= args.head_dim) return;
-        const int64_t row = queries.first_row + queries.row(args, m);
-        __half* out = all.ordered_out + row * args.heads * args.head_dim;
-        const __half2 low = clamped_half2(x[0], x[1]);
-        const __half2 high = clamped_half2(x[2], x[3]);
-        out[places.x] = __low2half(low);
-        out[places.y] = __high2half(low);
-        out[places.z] = __low2half(high);
-        out[places.w] = __high2half(high);
-    }
-};
-
-// Writes the results of all of the tile's query heads, four dimensions a lane: from f32
-// [HEADS_OF_WARP, RESULT_STRIDE] and `sums`, or, where `results` is null, from all pieces' parts. `places` are
-// those of the thread's first piece, if results are stored in a linear's order.
-template <int D, bool IS_DIRECT>
-__device__ __forceinline__ void write_results(const AttendSplitArgs& all, const Queries& queries,
-                                              const float* results, const float* sums,
-                                              int pieces, uint4 places) {
-    const AttendArgs& args = all.attend;
-    constexpr int QUADS = Piece<D>::QUADS;
-    const int lane = threadIdx.x % WARP_LANES;
-    const int items = queries.rows * args.heads_per_tile * QUADS;
-#pragma unroll 1
-    for (int first = threadIdx.x - lane; first < items; first += ATTEND_THREADS) {
-        const Piece<D> own(first + lane);
-        const int m = own.m;
-        const int quad = own.quad;
-        const bool is_there = queries.has(args, m);
-        float x[4] = {};
-        float sum = 1.0f;
-        if (is_there && results != nullptr) {
-            const float4 four =
-                *reinterpret_cast<const float4*>(results + m * RESULT_STRIDE<D> + quad);
-            x[0] = four.x;
-            x[1] = four.y;
-            x[2] = four.z;
-            x[3] = four.w;
-            sum = sums[m];
-        } else if (is_there) {
-            sum = fold_pieces<D>(x, args, queries, pieces, m, quad);
-        }
-        const float inverse = __fdiv_rn(1.0f, sum);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = __fmul_rn(x[i], inverse);
-        if (layout_of<IS_DIRECT>(args, true).is_quantised()) rotate_four(x, lane);
-        if (!is_there) continue;
-        if (all.ordered_out != nullptr) {
-            if (first >= ATTEND_THREADS) places = own.places(all, queries);
-            own.store(all, queries, x, places);
-            continue;
-        }
-        float* out = args.out + queries.query(args, m) * args.head_dim + quad;
-        if (quad < args.head_dim) *reinterpret_cast<float2*>(out) = make_float2(x[0], x[1]);
-        if (quad + 2 < args.head_dim) {
-            *reinterpret_cast<float2*>(out + 2) = make_float2(x[2], x[3]);
-        }
-    }
-}
-
 // Query heads of rows that `oxl_cache` has prepared, as fp16 [HEADS_OF_WARP, STRIDE].
 template <int D>
 __device__ __forceinline__ void copy_queries(const AttendArgs& args, const Queries& queries,
@@ -407,14 +269,14 @@ __device__ __forceinline__ void copy_queries(const AttendArgs& args, const Queri
 }
 
 // Brings the tile's query heads to `q`, prepared, and where `has_own` says so, the row's own key and
-// value to shared memory and their page.
+// value to shared memory and their page. Where the step's heads were, `places` of all threads wait for the end.
 template <int D, bool IS_DIRECT>
 __device__ __forceinline__ void prepare_queries(const AttendSplitArgs& all,
                                                 const Queries& queries, bool has_own,
-                                                SplitShared<D>& shared, __half* q) {
+                                                SplitShared<D>& shared, __half* q,
+                                                const uint4& places) {
     if (all.heads.is_fresh != 0) {
-        extern __shared__ __align__(128) uint8_t dynamic_shared[];
-        float* staging = reinterpret_cast<float*>(dynamic_shared + all.staging_at);
+        float* staging = reinterpret_cast<float*>(staging_of(all));
         RowHeads<D, IS_DIRECT> heads(all, queries, has_own);
         dependency_wait();
         heads.load(staging);
@@ -424,6 +286,9 @@ __device__ __forceinline__ void prepare_queries(const AttendSplitArgs& all,
         copy_queries<D>(all.attend, queries, q);
     }
     __syncthreads();
+    if (has_places<D>(all, queries)) {
+        reinterpret_cast<uint4*>(staging_of(all))[threadIdx.x] = places;
+    }
 }
 
 // Whether this block is the last of those that share a tile of rows to come here: it sees what all
@@ -472,8 +337,6 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
                                 is_fresh ? queries.first_position : span.end_token,
                                 dynamic_shared + all.tiles_at, first_piece, share.sharers);
     Block block(args, queries, span, shared, q);
-    LaneStates whole = {{nothing_seen(), nothing_seen()}};
-    float result[Block::PAIRS][2][4] = {};
     LaneStates states = {{nothing_seen(), nothing_seen()}};
     float kept[Block::PAIRS][2][4] = {};
     int piece = first_piece;
@@ -485,7 +348,7 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
         if (turn <= 0 || IS_DIRECT) ring.fill_values();
         if (turn < 0) continue;
         if (turn == 0) {
-            prepare_queries<D, IS_DIRECT>(all, queries, has_own, shared, q);
+            prepare_queries<D, IS_DIRECT>(all, queries, has_own, shared, q, places);
             block.take_queries(q, is_fresh ? queries.heads : HEADS_OF_WARP);
         }
         const __half* keys = ring.next(tile, [&](__half* rows) {
@@ -503,27 +366,45 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
         // What the tile and its weights lay in is used again.
         __syncthreads();
         if (++tile <= span.last_tile_of(piece)) continue;
-        if (is_alone) {
-            Block::fold_piece(whole, result, states, kept);
-        } else {
-            block.write_piece(piece - span.first_piece, states, kept);
-        }
+        const int written = piece - span.first_piece;
         piece += share.sharers;
         tile = span.first_tile_of(piece);
+        if (is_alone) {
+            // Where a piece is one tile, tiles have been folded as pieces are.
+            if (span.piece_tiles == 1) continue;
+            block.fold_piece(states, kept, written == 0);
+            if (piece > span.last_piece) continue;
+        } else {
+            block.write_piece(written, states, kept);
+        }
         states = {{nothing_seen(), nothing_seen()}};
 #pragma unroll
         for (int i = 0; i < Block::PAIRS * 8; ++i) kept[i / 8][i / 4 % 2][i % 4] = 0.0f;
     }
 
-    float* results = nullptr;
+    uint8_t* memory = dynamic_shared + all.tiles_at;
     if (is_alone) {
-        results = reinterpret_cast<float*>(dynamic_shared + all.tiles_at);
-        block.write_whole(results, whole, result);
-        __syncthreads();
-    } else if (!is_last_sharer(args, share.sharers, shared.is_last)) {
+        float* results = reinterpret_cast<float*>(memory);
+        block.write_whole(results, states, kept);
+        const WholeResults<D> whole = {results};
+        write_results<D, IS_DIRECT>(all, queries, whole, shared.sums,
+                                    [] { __syncthreads(); });
         return;
     }
-    write_results<D, IS_DIRECT>(all, queries, results, shared.sums, share.pieces, places);
+    if (!is_last_sharer(args, share.sharers, shared.is_last)) return;
+    FoldFactors* factors = reinterpret_cast<FoldFactors*>(memory);
+    const int items = queries.rows * args.heads_per_tile * Piece<D>::QUADS;
+    const FoldedResults<D> folded = {args,
+                                     queries,
+                                     factors,
+                                     memory + FACTOR_BYTES,
+                                     ring.bytes() - FACTOR_BYTES,
+                                     share.pieces,
+                                     min(items, ATTEND_THREADS)};
+    write_results<D, IS_DIRECT>(all, queries, folded, shared.sums, [&] {
+        compute_factors(args, queries, share.pieces, factors, shared.sums);
+        __syncthreads();
+    });
 }
 
 }  // namespace
@@ -543,12 +424,14 @@ oxl_attend_split_256(const __grid_constant__ AttendSplitArgs args) {
     attend_split<256, false>(args);
 }
 
+// Registers for a block of 128 threads beside a product's CTA (linear.cu), so that pages are on their way while
+// queries, keys and values are still being multiplied.
 extern "C" __global__ void __launch_bounds__(128, 4)
 oxl_attend_direct_64(const __grid_constant__ AttendSplitArgs args) {
     attend_split<64, true>(args);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 3)
+extern "C" __global__ void __launch_bounds__(128, 4)
 oxl_attend_direct_128(const __grid_constant__ AttendSplitArgs args) {
     attend_split<128, true>(args);
 }

@@ -153,6 +153,11 @@ struct TileRing {
         return IS_DIRECT ? TILE_BYTES : TILE * (keys().vector_bytes() + keys().scale_bytes());
     }
 
+    // Bytes from `memory` on.
+    __device__ __forceinline__ int bytes() const {
+        return (IS_DIRECT ? 0 : 2 * TILE_BYTES) + args.slots * args.slot_bytes;
+    }
+
     __device__ __forceinline__ uint8_t* stage(int index) const {
         return memory + (IS_DIRECT ? 0 : 2 * TILE_BYTES) + index * args.slot_bytes;
     }
@@ -200,7 +205,7 @@ struct TileRing {
         const uint8_t* from = block + (token + row) * vector_bytes + unit * 16;
         const bool is_there = unit * 8 < args.head_dim;
         to += (row * STRIDE + unit * 8) * 2;
-#pragma unroll 4
+#pragma unroll 2
         for (; row < rows.quarters * 16; row += PASS_ROWS) {
             if (!rows.is_own(row)) {
                 const bool is_read = is_there && rows.is_seen(row);
@@ -261,7 +266,7 @@ struct TileRing {
     __device__ __forceinline__ void decode_words(const uint8_t* bytes, __half* rows,
                                                  HeadLayout layout, const TileRows& of_tile,
                                                  Decode decode_word) const {
-        constexpr int AHEAD = 4;
+        constexpr int AHEAD = 2;
         static_assert(TILE % (AHEAD * PASS_ROWS) == 0, "no row past the tile is read");
         const int vector_bytes = layout.vector_bytes();
         const int scale_bytes = layout.scale_bytes();
@@ -360,7 +365,7 @@ struct RowHeads {
         const float2* k = reinterpret_cast<const float2*>(heads.keys + own) - query_pairs;
         const float2* v =
             reinterpret_cast<const float2*>(heads.values + own) - query_pairs - head_pairs;
-        constexpr int AHEAD = 4;
+        constexpr int AHEAD = 3;
 #pragma unroll 1
         for (int first = threadIdx.x; first < pairs; first += AHEAD * ATTEND_THREADS) {
             float2 loaded[AHEAD];

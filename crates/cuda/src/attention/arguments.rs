@@ -33,7 +33,7 @@ pub(super) struct CacheArgs {
     pub(super) rope_pairs: i32,
     pub(super) angle_pairs: i32,
     pub(super) table_stride: i32,
-    pub(super) unused: i32,
+    pub(super) heads_of_warp: i32,
 }
 
 /// `AttendArgs` of `attention.cuh`.

@@ -87,11 +87,15 @@ const PADDING: usize = 8;
 
 /// `SplitShared` of `attention_split.cu`.
 fn split_shared_bytes(padded_head_dim: usize) -> usize {
-    384 + 4 * padded_head_dim
+    896 + 4 * padded_head_dim
 }
 
-/// Blocks of the splitting kernel that a multiprocessor is to hold.
-const SPLIT_BLOCKS: usize = 3;
+/// Blocks of the splitting kernel that a multiprocessor is to hold, at most.
+const MOST_SPLIT_BLOCKS: usize = 3;
+
+/// The same where sequences of fp16 are split among blocks: pieces, a power of two in number, are dealt more
+/// evenly to fewer blocks, which have more of them on their way.
+const SHARING_BLOCKS: usize = 2;
 
 /// `BLOCK_BYTES` of `walk.cuh`.
 const WALK_BLOCK_BYTES: usize = 128;
@@ -120,12 +124,14 @@ pub(super) struct SplitMemory {
 
 impl SplitMemory {
     /// For blocks of `heads` query heads of one row that they prepare themselves, or of
-    /// [`SPLIT_HEADS`] that are prepared. `None`: the GPU has too little shared memory, as those with
-    /// 99 KiB a block have for decoded heads of more than 128 dimensions.
+    /// [`SPLIT_HEADS`] that are prepared, `blocks` of which a multiprocessor is to hold. `None`: the
+    /// GPU has too little shared memory, as those with 99 KiB a block have for decoded heads of more
+    /// than 128 dimensions.
     pub(super) fn of(
         shape: &CacheShape,
         padded: usize,
         heads: Option<usize>,
+        blocks: usize,
         gpu: &GpuInfo,
     ) -> Option<Self> {
         let row = padded + PADDING;
@@ -135,7 +141,7 @@ impl SplitMemory {
         let staging = heads.map_or(0, |heads| (heads + 2) * padded * size_of::<f32>());
         let tiles_at = staging_at + staging.next_multiple_of(128);
         let limit = shared_limit(gpu);
-        let ring = Ring::fit(shape, padded, tiles_at, limit, SPLIT_BLOCKS)?;
+        let ring = Ring::fit(shape, padded, tiles_at, limit, blocks)?;
         Some(Self {
             staging_at,
             tiles_at,
@@ -214,11 +220,14 @@ fn shared_limit(gpu: &GpuInfo) -> usize {
     gpu.shared_per_block.get() as usize
 }
 
-/// Blocks that share the pieces of one tile of rows, where `blocks` blocks are needed for one
-/// piece of each: as many as the GPU holds at once. What a row gives does not depend on this.
-pub(super) fn sharers(blocks: usize, most_pieces: usize, gpu: &GpuInfo) -> usize {
-    let wanted = gpu.multiprocessors * SPLIT_BLOCKS;
-    (wanted / blocks.max(1)).clamp(1, most_pieces)
+/// Blocks of the splitting kernel that a multiprocessor is to hold, where `blocks` blocks are needed
+/// for one piece of each tile of rows.
+fn blocks_of_multiprocessor(blocks: usize, cache: &CacheShape, gpu: &GpuInfo) -> usize {
+    if is_direct(cache) && blocks <= gpu.multiprocessors * SHARING_BLOCKS {
+        SHARING_BLOCKS
+    } else {
+        MOST_SPLIT_BLOCKS
+    }
 }
 
 /// Tiles up to which a block takes all that its rows see, where `blocks` blocks have them: folding
@@ -288,6 +297,8 @@ pub(super) struct SplitGrid {
     pub(super) grid: [usize; 3],
     /// `AttendSplitArgs::tiles_alone`.
     pub(super) tiles_alone: usize,
+    /// How many a multiprocessor is to hold.
+    pub(super) blocks_of_multiprocessor: usize,
 }
 
 impl SplitGrid {
@@ -301,15 +312,20 @@ impl SplitGrid {
     ) -> Self {
         let heads = HeadTiles::of(group, SPLIT_HEADS);
         let blocks_of_tile = cache.kv_heads * heads.head_tiles;
+        let blocks = tiles * blocks_of_tile;
+        let blocks_of_multiprocessor = blocks_of_multiprocessor(blocks, cache, gpu);
+        // As many blocks as the GPU is to hold at once. What a row gives does not depend on this.
+        let held = gpu.multiprocessors * blocks_of_multiprocessor;
         let sharers = if rows <= scratch.partial_rows {
-            sharers(tiles * blocks_of_tile, scratch.most_pieces, gpu)
+            (held / blocks.max(1)).clamp(1, scratch.most_pieces)
         } else {
             1
         };
         Self {
             heads,
             grid: [tiles, blocks_of_tile, sharers],
-            tiles_alone: tiles_alone(tiles * blocks_of_tile, gpu),
+            tiles_alone: tiles_alone(blocks, gpu),
+            blocks_of_multiprocessor,
         }
     }
 }
@@ -381,21 +397,23 @@ mod tests {
                         continue;
                     }
                     let padded = PADDED_HEAD_DIMS[head_dim_index(head_dim).unwrap()];
-                    let split = |heads| {
-                        let memory = SplitMemory::of(&cache, padded, heads, &gpu)?;
-                        // Results lie where tiles did.
-                        assert!(
-                            SPLIT_HEADS * (padded + PADDING) * size_of::<f32>()
-                                <= memory.ring.shared_bytes - memory.tiles_at
-                        );
+                    let split = |(heads, blocks)| {
+                        let memory = SplitMemory::of(&cache, padded, heads, blocks, &gpu)?;
+                        // Results lie where tiles did, or what folds them and a piece for every thread.
+                        let results = SPLIT_HEADS * (padded + PADDING) * size_of::<f32>();
+                        let factors = SPLIT_HEADS * most_pieces(1 << 20) * 2 * size_of::<f32>();
+                        let needed = results.max(factors + 128 * 4 * size_of::<f32>());
+                        assert!(needed <= memory.ring.shared_bytes - memory.tiles_at);
                         Some(memory.ring)
                     };
-                    let rings = [None, Some(1), Some(SPLIT_HEADS)].map(split);
+                    let heads = [None, Some(1), Some(SPLIT_HEADS)];
+                    let rings = heads.map(|heads| [1, 2, 3].map(|blocks| split((heads, blocks))));
+                    let rings = rings.as_flattened();
                     let is_large = padded == 256 && !is_direct(&cache);
                     assert!(rings.iter().all(Option::is_some) || is_large && shared == ADA_SHARED);
                     let walk = Ring::walk(&cache, padded, &gpu);
                     assert!(walk.is_some(), "{cache:?} in {shared}");
-                    for ring in rings.into_iter().chain([walk]).flatten() {
+                    for ring in rings.iter().chain([&walk]).flatten() {
                         assert!(ring.shared_bytes <= shared, "{cache:?}: {ring:?}");
                         assert!((1..=MOST_SLOTS).contains(&ring.slots));
                         assert!(ring.slot_bytes.is_multiple_of(16));
@@ -410,9 +428,13 @@ mod tests {
         let gpu = gpu(132, HOPPER_SHARED);
         for format in [CacheFormat::F16, CacheFormat::Q8, CacheFormat::Q4] {
             let cache = cache(128, format);
-            let split = SplitMemory::of(&cache, 128, Some(4), &gpu).unwrap().ring;
-            assert!(split.slots >= 2, "{split:?}");
-            assert!(3 * (split.shared_bytes + RESERVED_SHARED_BYTES) <= HOPPER_SHARED + 1024);
+            for blocks in [SHARING_BLOCKS, MOST_SPLIT_BLOCKS] {
+                let split = SplitMemory::of(&cache, 128, Some(4), blocks, &gpu);
+                let split = split.unwrap().ring;
+                assert!(split.slots >= 2, "{split:?}");
+                let all = blocks * (split.shared_bytes + RESERVED_SHARED_BYTES);
+                assert!(all <= HOPPER_SHARED + 1024);
+            }
             let walk = Ring::walk(&cache, 128, &gpu).unwrap();
             assert_eq!(walk.slots, 2, "{walk:?}");
             assert!(2 * (walk.shared_bytes + RESERVED_SHARED_BYTES) <= HOPPER_SHARED + 1024);
@@ -447,8 +469,8 @@ mod tests {
             )
             .grid
         };
-        assert_eq!(grid(1), [1, 8, 49]);
-        assert_eq!(grid(8), [8, 8, 6]);
+        assert_eq!(grid(1), [1, 8, 33]);
+        assert_eq!(grid(8), [8, 8, 4]);
         // More rows than there is room for partial results.
         assert_eq!(grid(33), [33, 8, 1]);
     }

@@ -35,8 +35,17 @@ use launch::{
 use tiles::SPLIT_HEADS;
 pub(crate) use tiles::{Tile, Tiles};
 
-/// Warps of a block of `oxl_cache`, each of which treats a head of a row.
+/// Warps of a block of `oxl_cache_...`, each of which treats some heads of a row.
 const CACHE_WARPS: usize = 4;
+
+/// Heads of a warp, at most.
+const MOST_HEADS_OF_WARP: usize = 8;
+
+/// Warps for each multiprocessor that there are at least before a warp has several heads.
+const CACHE_WARPS_OF_MULTIPROCESSOR: usize = 64;
+
+/// Dimensions of a head up to which `oxl_cache_128` keeps it.
+const SHORT_HEAD_DIM: usize = 128;
 
 /// Threads of a block of every kernel here.
 const THREADS: usize = 128;
@@ -45,7 +54,8 @@ const THREADS: usize = 128;
 /// [`PADDED_HEAD_DIMS`] orders them.
 #[derive(Debug)]
 pub(crate) struct AttentionKernels {
-    cache: Kernel,
+    /// For heads up to [`SHORT_HEAD_DIM`], and longer ones.
+    cache: [Kernel; 2],
     split: [Kernel; 3],
     direct: [Kernel; 3],
     walk: [Kernel; 3],
@@ -58,7 +68,10 @@ impl AttentionKernels {
         let split = |name| modules.kernel("attention_split", name, shared_bytes);
         let walk = |name| modules.kernel("attention_walk", name, shared_bytes);
         Ok(Self {
-            cache: modules.kernel("cache", "oxl_cache", 0)?,
+            cache: [
+                modules.kernel("cache", "oxl_cache_128", 0)?,
+                modules.kernel("cache", "oxl_cache_256", 0)?,
+            ],
             split: [
                 split("oxl_attend_split_64")?,
                 split("oxl_attend_split_128")?,
@@ -298,6 +311,9 @@ impl CudaDevice {
             kv_heads, head_dim, ..
         } = extents.cache;
         let rows = extents.rows;
+        let heads_of_row = extents.heads + 2 * kv_heads;
+        let enough = CACHE_WARPS_OF_MULTIPROCESSOR * self.info().multiprocessors;
+        let heads_of_warp = (rows * heads_of_row / enough).clamp(1, MOST_HEADS_OF_WARP);
         let kernel_args = CacheArgs {
             queries: heads.queries,
             keys: heads.keys,
@@ -330,13 +346,19 @@ impl CudaDevice {
             rope_pairs: heads.rope_pairs,
             angle_pairs: heads.angle_pairs,
             table_stride: inputs.shape.pages_per_sequence as i32,
-            unused: 0,
+            heads_of_warp: heads_of_warp as i32,
         };
-        let warps = rows * (extents.heads + 2 * kv_heads);
+        let warps = rows * heads_of_row.div_ceil(heads_of_warp);
         let launch = Launch::linear(warps.div_ceil(CACHE_WARPS), THREADS);
+        let [short, long] = self.kernels().attention.cache;
+        let kernel = if head_dim <= SHORT_HEAD_DIM {
+            short
+        } else {
+            long
+        };
         // SAFETY: the structure is the kernel's; buffers and scratch hold what was asked of them
         // above, and the step's positions lie in pages that its tables name.
-        unsafe { self.launch(self.kernels().attention.cache, launch, &kernel_args) }
+        unsafe { self.launch(kernel, launch, &kernel_args) }
     }
 
     /// What both kernels on tensor cores take.
@@ -395,7 +417,8 @@ impl CudaDevice {
             gpu,
         );
         let own_heads = (heads.is_fresh != 0).then_some(split.heads.heads_per_tile);
-        let memory = SplitMemory::of(&extents.cache, extents.padded(), own_heads, gpu);
+        let blocks = split.blocks_of_multiprocessor;
+        let memory = SplitMemory::of(&extents.cache, extents.padded(), own_heads, blocks, gpu);
         let memory = memory.ok_or_else(|| self.too_little_shared(extents))?;
         let launch = Launch {
             grid: split.grid,
@@ -430,7 +453,7 @@ impl CudaDevice {
     fn can_split(&self, extents: &Extents) -> bool {
         let heads = HeadTiles::of(extents.group(), SPLIT_HEADS).heads_per_tile;
         [None, Some(heads)].into_iter().all(|heads| {
-            SplitMemory::of(&extents.cache, extents.padded(), heads, self.info()).is_some()
+            SplitMemory::of(&extents.cache, extents.padded(), heads, 1, self.info()).is_some()
         })
     }
 

@@ -220,7 +220,7 @@ fn run_end(positions: &[u32], row_sequences: &[u32], start: usize) -> usize {
 fn piece_tokens(tokens: usize) -> usize {
     let mut piece = TILE_TOKENS;
     while piece * MOST_PIECES < tokens {
-        piece *= 4;
+        piece *= 2;
     }
     piece
 }
@@ -401,10 +401,10 @@ mod tests {
         for (tokens, piece) in [
             (1, 64),
             (4_096, 64),
-            (4_097, 256),
-            (16_384, 256),
-            (16_385, 1_024),
-            (131_072, 4_096),
+            (4_097, 128),
+            (8_192, 128),
+            (8_193, 256),
+            (131_072, 2_048),
         ] {
             assert_eq!(piece_tokens(tokens), piece, "{tokens} tokens");
         }
