@@ -45,37 +45,74 @@ __device__ __forceinline__ uint32_t centred(uint32_t pair, int at, uint32_t zero
     return result;
 }
 
-// The weights of a lane before their scale. `zeros`: those of its outputs, in bytes.
-template <int BITS>
-__device__ __forceinline__ void take_centred(uint32_t zeros, const MemoryReader& reader, int lane,
-                                             LaneWeights& weights) {
-    take_weights<BITS>(reader, lane, weights);
-    if constexpr (BITS != BITS_FLOAT) {
+// What a warp unpacks: neighbouring blocks of a tile.
+struct Span {
+    const TileMatrix& matrix;
+    int tile;
+    int lane;
+    const uint8_t* next;  // the next block's weights
+    __half* out;          // the lane's place in it
+    int64_t stride;       // from an output to the next one
+};
+
+// Unpacks the span's next COUNT blocks, from `block` on, all of so many bits. All that is read is asked for before
+// the first weight is written: memory that reads and writes in turn does neither as fast.
+template <int BITS, int COUNT>
+__device__ __forceinline__ void unpack_blocks(Span& span, int block) {
+    const TileMatrix& matrix = span.matrix;
+    LaneWeights weights[COUNT];
+    BlockInfo infos[COUNT];
+    RawScales raw[COUNT];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < COUNT; ++i) {
+        infos[i] = block_info(matrix, block + i);
+        const MemoryReader reader = {span.next + i * BITS * BLOCK_UNIT_BYTES};
+        take_weights<BITS>(reader, span.lane, weights[i]);
+    }
 #pragma unroll
-            for (uint32_t& pair : weights.pairs[i]) {
-                pair = centred(pair, field_bit(BITS, i), zeros >> (8 * i) & 0xff);
+    for (int i = 0; i < COUNT; ++i) {
+        raw[i] = load_scales(matrix, span.tile, infos[i].group(), span.lane / 4);
+    }
+    const bool is_gptq = matrix.encoding == ENCODING_GPTQ;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        float scales[4];
+        decode_scales(matrix, raw[i], infos[i], scales);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const __half2 scale = __float2half2_rn(scales[j]);
+            const uint32_t zero = is_gptq ? raw[i].zeros >> (8 * j) & 0xff : 1u << (BITS - 1);
+#pragma unroll
+            for (uint32_t& pair : weights[i].pairs[j]) {
+                if (BITS != BITS_FLOAT) pair = centred(pair, field_bit(BITS, j), zero);
+                auto& two = reinterpret_cast<__half2&>(pair);
+                two = __hmul2(two, scale);
             }
         }
     }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const auto& pairs = weights[i].pairs[j];
+            *reinterpret_cast<uint4*>(span.out + 8 * j * span.stride + i * BLOCK_INPUTS) =
+                make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+    }
+    span.next += COUNT * BITS * BLOCK_UNIT_BYTES;
+    span.out += COUNT * BLOCK_INPUTS;
 }
 
-__device__ __forceinline__ void take_any(const TileMatrix& matrix, int bits, uint32_t zeros,
-                                         const MemoryReader& reader, int lane,
-                                         LaneWeights& weights) {
-    if (matrix.encoding == ENCODING_GPTQ) {
-        take_centred<4>(zeros, reader, lane, weights);
-        return;
-    }
+template <int COUNT>
+__device__ __forceinline__ void unpack_any(Span& span, int block, int bits) {
     switch (bits) {
-        case 2: take_centred<2>(0x02020202u, reader, lane, weights); break;
-        case 3: take_centred<3>(0x04040404u, reader, lane, weights); break;
-        case 4: take_centred<4>(0x08080808u, reader, lane, weights); break;
-        case 5: take_centred<5>(0x10101010u, reader, lane, weights); break;
-        case 6: take_centred<6>(0x20202020u, reader, lane, weights); break;
-        case 8: take_centred<8>(0x80808080u, reader, lane, weights); break;
-        default: take_centred<BITS_FLOAT>(0, reader, lane, weights);
+        case 2: unpack_blocks<2, COUNT>(span, block); break;
+        case 3: unpack_blocks<3, COUNT>(span, block); break;
+        case 4: unpack_blocks<4, COUNT>(span, block); break;
+        case 5: unpack_blocks<5, COUNT>(span, block); break;
+        case 6: unpack_blocks<6, COUNT>(span, block); break;
+        case 8: unpack_blocks<8, COUNT>(span, block); break;
+        default: unpack_blocks<BITS_FLOAT, COUNT>(span, block);
     }
 }
 
@@ -84,7 +121,7 @@ __device__ __forceinline__ void take_any(const TileMatrix& matrix, int bits, uin
 // Grid: tiles * blocks / DEQUANTISE_BLOCKS warps in blocks of DEQUANTISE_WARPS. The weight is
 // f16((code - zero) * scale), rounded once, as the formats define it; the matrix' own `scale` is
 // left to the product.
-extern "C" __global__ void __launch_bounds__(oxl::DEQUANTISE_WARPS* oxl::WARP_LANES)
+extern "C" __global__ void __launch_bounds__(oxl::DEQUANTISE_WARPS* oxl::WARP_LANES, 2)
     oxl_dequantise(const __grid_constant__ DequantiseArgs args) {
     using namespace oxl;
     dependency_trigger();
@@ -100,32 +137,23 @@ extern "C" __global__ void __launch_bounds__(oxl::DEQUANTISE_WARPS* oxl::WARP_LA
     dependency_wait();
     if (local_tile >= args.tiles) return;
     const int64_t start = int64_t(tile) * matrix.tile_units + units_before(matrix, begin);
-    const uint8_t* next = matrix.weights + start * BLOCK_UNIT_BYTES;
     const int64_t stride = int64_t(matrix.blocks) * BLOCK_INPUTS;
-    __half* out = args.out + (int64_t(local_tile) * TILE_OUTPUTS + lane / 4) * stride +
-                  begin * BLOCK_INPUTS + 8 * (lane % 4);
+    Span span = {matrix,
+                 tile,
+                 lane,
+                 matrix.weights + start * BLOCK_UNIT_BYTES,
+                 args.out + (int64_t(local_tile) * TILE_OUTPUTS + lane / 4) * stride +
+                     begin * BLOCK_INPUTS + 8 * (lane % 4),
+                 stride};
+    const int bits = block_info(matrix, begin).bits();
+    // Widths never grow from one block to the next.
+    if (end - begin == DEQUANTISE_BLOCKS && block_info(matrix, end - 1).bits() == bits) {
+        unpack_any<DEQUANTISE_BLOCKS>(span, begin, bits);
+        return;
+    }
 #pragma unroll 1
     for (int block = begin; block < end; ++block) {
-        const BlockInfo info = block_info(matrix, block);
-        const RawScales raw = load_scales(matrix, tile, info.group(), lane / 4);
-        LaneWeights weights;
-        take_any(matrix, info.bits(), raw.zeros, {next}, lane, weights);
-        float scales[4];
-        decode_scales(matrix, raw, info, scales);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const __half2 scale = __float2half2_rn(scales[i]);
-#pragma unroll
-            for (int p = 0; p < 4; ++p) {
-                auto& pair = reinterpret_cast<__half2&>(weights.pairs[i][p]);
-                pair = __hmul2(pair, scale);
-            }
-            const auto& pairs = weights.pairs[i];
-            *reinterpret_cast<uint4*>(out + 8 * i * stride) =
-                make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-        }
-        next += info.bits() * BLOCK_UNIT_BYTES;
-        out += BLOCK_INPUTS;
+        unpack_any<1>(span, block, block_info(matrix, block).bits());
     }
 }
 
