@@ -41,27 +41,35 @@ __device__ __forceinline__ void load_tables(const LinearArgs& args, int first, i
     __syncwarp();
 }
 
-// Copies the activations of `count` blocks from `block` on to a warp's place for them, all at once: an earlier
-// kernel has written them, and each takes as long as the second-level cache takes to answer.
+// Starts copying the activations of `count` blocks from `block` on to a warp's place for them: an earlier kernel has
+// written them, and each takes as long as the second-level cache takes to answer. Those of the first units are a group
+// of copies of their own and the rest another, the latest that the warp has asked for: the first unit is multiplied
+// when there is one group on its way, as all units are, so that it does not wait for the rest.
 __device__ __forceinline__ void fill_rows(const LinearArgs& args, const __half* x, int lane,
                                           int block, int count, char* place) {
+    static_assert(SLOTS - 1 == 1, "groups on their way when a unit is multiplied");
+    static_assert(unit_blocks(2) * 4 <= WARP_LANES, "the first unit's pieces are among the lanes' first");
     __syncwarp();
     const int stride = args.blocks * BLOCK_INPUTS;
     const int block_bytes = args.rows * ROW_BLOCK_BYTES;
+    int piece = lane;
 #pragma unroll 1
-    for (int piece = lane; piece < count * 4; piece += WARP_LANES) {
-        const uint8_t* from = reinterpret_cast<const uint8_t*>(x + block * BLOCK_INPUTS + piece * 8);
-        char* to = place + piece / 4 * block_bytes + piece % 4 * 16;
+    for (int group = 0; group < 2; ++group) {
+        const int end = group == 0 ? min(WARP_LANES, count * 4) : count * 4;
+#pragma unroll 1
+        for (; piece < end; piece += WARP_LANES) {
+            const __half* at = x + block * BLOCK_INPUTS + piece * 8;
+            const uint8_t* from = reinterpret_cast<const uint8_t*>(at);
+            char* to = place + piece / 4 * block_bytes + piece % 4 * 16;
 #pragma unroll 4
-        for (int row = 0; row < args.rows; ++row) {
-            copy_async<16>(to, from);
-            from += stride * sizeof(__half);
-            to += ROW_BLOCK_BYTES;
+            for (int row = 0; row < args.rows; ++row) {
+                copy_async<16>(to, from);
+                from += stride * sizeof(__half);
+                to += ROW_BLOCK_BYTES;
+            }
         }
+        commit_copies();
     }
-    commit_copies();
-    wait_for_copies<0>();
-    __syncwarp();
 }
 
 // Where a row's sum of a local output lies among a warp's: no two lanes of a store meet in a bank.
