@@ -368,16 +368,17 @@ __device__ __forceinline__ float largest_of_row(float x) {
 }
 
 // Replaces products by scores; of tokens that a row does not see, by minus infinity. `token` is
-// the position of the first of the lane's two columns.
+// the position of the first of the lane's two columns, and `is_masked` whether there may be such tokens.
 __device__ __forceinline__ void products_to_scores(float (&s)[4], const AttendArgs& args, int token,
                                                    const int (&positions)[2],
-                                                   const int (&firsts)[2]) {
+                                                   const int (&firsts)[2], bool is_masked) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[i] = __fmul_rn(s[i], args.score_factor);
     if (args.cap_factor != 0.0f) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[i] = capped_score(s[i], args.cap_factor);
     }
+    if (!is_masked) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int at = token + i % 2;
@@ -386,6 +387,11 @@ __device__ __forceinline__ void products_to_scores(float (&s)[4], const AttendAr
 }
 
 // --- From pages to shared memory. ---
+
+// Copies 16 bytes.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 
 // Copies 16 bytes, or writes zeros where the source is not to be read.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool is_read) {

@@ -94,10 +94,12 @@ struct SplitBlock {
             }
         }
         float largest[2] = {minus_infinity(), minus_infinity()};
+        const bool is_masked =
+            args.window > 0 || (tile + 1) * TILE > queries.first_position + 1;
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
             const int token = tile * TILE + warp * 16 + n * 8 + lane % 4 * 2;
-            products_to_scores(s[n], args, token, positions, firsts);
+            products_to_scores(s[n], args, token, positions, firsts, is_masked);
 #pragma unroll
             for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s[n][i]);
         }

@@ -99,6 +99,9 @@ struct TileRows {
         quarters = (end + 15) / 16;
     }
 
+    // Whether all rows are in the page, and seen.
+    __device__ __forceinline__ bool is_whole() const { return first <= 0 && memory_end == TILE; }
+
     __device__ __forceinline__ bool is_own(int row) const { return row >= memory_end && row < end; }
     __device__ __forceinline__ bool is_seen(int row) const { return row >= first && row < end; }
 };
@@ -199,13 +202,17 @@ struct TileRing {
             copy_bytes(to, layout, block, token, rows.memory_end);
             return;
         }
+        if (args.head_dim == D && rows.is_whole()) {
+            copy_whole(to, block + token * D * 2);
+            return;
+        }
         const int vector_bytes = args.head_dim * 2;
         int row = threadIdx.x / UNITS;
         const int unit = threadIdx.x % UNITS;
         const uint8_t* from = block + (token + row) * vector_bytes + unit * 16;
         const bool is_there = unit * 8 < args.head_dim;
         to += (row * STRIDE + unit * 8) * 2;
-#pragma unroll 2
+#pragma unroll 1
         for (; row < rows.quarters * 16; row += PASS_ROWS) {
             if (!rows.is_own(row)) {
                 const bool is_read = is_there && rows.is_seen(row);
@@ -213,6 +220,16 @@ struct TileRing {
             }
             to += PASS_ROWS * STRIDE * 2;
             from += PASS_ROWS * vector_bytes;
+        }
+    }
+
+    // Starts copying a tile that is all there and seen, as most are.
+    __device__ __forceinline__ void copy_whole(uint32_t to, const uint8_t* tile) const {
+        const uint8_t* from = tile + threadIdx.x * 16;
+        to += (threadIdx.x / UNITS * STRIDE + threadIdx.x % UNITS * 8) * 2;
+#pragma unroll
+        for (int pass = 0; pass < TILE / PASS_ROWS; ++pass) {
+            copy_async(to + pass * PASS_ROWS * STRIDE * 2, from + pass * PASS_ROWS * D * 2);
         }
     }
 
