@@ -5,7 +5,7 @@
 // folds the pieces. The grid does not depend on lengths, which are read on the device: a captured
 // launch serves any positions.
 //
-// Where every sequence has one row in the step, the kernel also does what `oxl_cache` does
+// Where every sequence has one row in the step, the kernel also does what `oxl_cache_...` does
 // elsewhere: each block norms and rotates its query heads; the one that has the row's own token among
 // its pieces norms, rotates and stores its key and value, and attends to them as they will be read
 // back. All else that a block reads is older than the step and on its way before the wait.
@@ -252,7 +252,7 @@ struct SplitBlock {
     }
 };
 
-// Query heads of rows that `oxl_cache` has prepared, as fp16 [HEADS_OF_WARP, STRIDE].
+// Query heads of rows that `oxl_cache_...` has prepared, as fp16 [HEADS_OF_WARP, STRIDE].
 template <int D>
 __device__ __forceinline__ void copy_queries(const AttendArgs& args, const Queries& queries,
                                              __half* q) {
