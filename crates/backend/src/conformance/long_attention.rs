@@ -13,7 +13,6 @@ use crate::{
 
 const HEADS: usize = 2;
 const KV_HEADS: usize = 1;
-const HEAD_DIM: usize = 32;
 
 /// Rows of the run that ends the sequence.
 const RUN: usize = 40;
@@ -23,22 +22,42 @@ const NEIGHBOURS: usize = 300;
 
 pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), ConformanceError> {
     for format in [CacheFormat::F16, CacheFormat::Q4] {
-        for (tokens, window) in [(4_200, None), (8_300, None), (4_500, Some(4_200))] {
+        for (tokens, head_dim, window) in [
+            (4_200, 128, None),
+            (8_300, 32, None),
+            (4_500, 64, Some(4_200)),
+        ] {
             let seen = window.map_or(String::new(), |window| format!(" in a window of {window}"));
-            let name = format!("row independence: attention over {tokens} tokens{seen}, {format}");
+            let name = format!(
+                "row independence: attention over {tokens} tokens{seen}, heads of {head_dim}, \
+                 {format}"
+            );
+            let case = LongCase {
+                tokens,
+                head_dim,
+                window,
+                format,
+            };
             suite.case(name, 0.0, |bench| {
-                LongSequence::new(bench, tokens, window, format)?.differing()
+                LongSequence::new(bench, case)?.differing()
             })?;
         }
     }
     Ok(())
 }
 
+#[derive(Clone, Copy)]
+struct LongCase {
+    tokens: usize,
+    head_dim: usize,
+    window: Option<usize>,
+    format: CacheFormat,
+}
+
 /// The sequence, whose pages come first in the pool, and its neighbours, of a page each.
 struct LongSequence<'a, D: Device> {
     bench: &'a Bench<'a, D>,
-    tokens: usize,
-    window: Option<usize>,
+    case: LongCase,
     cache: KvLayer<D::Buffer>,
     workspace: D::Workspace,
     rope: Rope,
@@ -55,18 +74,14 @@ struct Rows {
 }
 
 impl<'a, D: Device> LongSequence<'a, D> {
-    fn new(
-        bench: &'a Bench<'a, D>,
-        tokens: usize,
-        window: Option<usize>,
-        format: CacheFormat,
-    ) -> Result<Self, CaseError> {
-        let pages = tokens.div_ceil(PAGE_TOKENS);
+    fn new(bench: &'a Bench<'a, D>, case: LongCase) -> Result<Self, CaseError> {
+        let head_dim = case.head_dim;
+        let pages = case.tokens.div_ceil(PAGE_TOKENS);
         let shape = CacheShape {
             pages: pages + NEIGHBOURS,
             kv_heads: KV_HEADS,
-            head_dim: HEAD_DIM,
-            format,
+            head_dim,
+            format: case.format,
         };
         let cache = KvLayer {
             shape,
@@ -77,24 +92,23 @@ impl<'a, D: Device> LongSequence<'a, D> {
             rows: PAGE_TOKENS.max(NEIGHBOURS + 1),
             sequences: NEIGHBOURS + 1,
             pages_per_sequence: pages,
-            max_in_features: HEADS * HEAD_DIM,
-            max_out_features: HEADS * HEAD_DIM,
+            max_in_features: HEADS * head_dim,
+            max_out_features: HEADS * head_dim,
             draw_width: 0,
             heads: HEADS,
             kv_heads: KV_HEADS,
-            head_dim: HEAD_DIM,
-            rotary_dim: HEAD_DIM,
+            head_dim,
+            rotary_dim: head_dim,
             ropes: 1,
         })?;
-        let frequency = |pair| 10_000_f32.powf(-2.0 * pair as f32 / HEAD_DIM as f32);
+        let frequency = |pair| 10_000_f32.powf(-2.0 * pair as f32 / head_dim as f32);
         Ok(Self {
             bench,
-            tokens,
-            window,
+            case,
             cache,
             workspace,
             rope: Rope {
-                inverse_frequencies: (0..HEAD_DIM / 2).map(frequency).collect(),
+                inverse_frequencies: (0..head_dim / 2).map(frequency).collect(),
                 attention_factor: 1.0,
                 style: RopeStyle::Halves,
             },
@@ -103,7 +117,7 @@ impl<'a, D: Device> LongSequence<'a, D> {
 
     /// Numbers of the last row's result that differ between the ways to compute it.
     fn differing(&mut self) -> Result<f64, CaseError> {
-        let pages: Vec<u32> = (0..self.tokens.div_ceil(PAGE_TOKENS) as u32).collect();
+        let pages: Vec<u32> = (0..self.case.tokens.div_ceil(PAGE_TOKENS) as u32).collect();
         // What the pages hold does not matter: each is filled as if it were a sequence's only one.
         for &page in &pages {
             let rows = (0..PAGE_TOKENS).map(|position| (0, position)).collect();
@@ -114,15 +128,16 @@ impl<'a, D: Device> LongSequence<'a, D> {
                 pages_per_sequence: 1,
             })?;
         }
-        let last = self.tokens - 1;
+        let tokens = self.case.tokens;
+        let last = tokens - 1;
         let of_sequence = |rows: Vec<(usize, usize)>| Rows {
             rows,
             first_token: 0,
             page_tables: pages.clone(),
             pages_per_sequence: pages.len(),
         };
-        let run = (self.tokens - RUN..self.tokens).map(|position| (0, position));
-        let width = HEADS * HEAD_DIM;
+        let run = (tokens - RUN..tokens).map(|position| (0, position));
+        let width = HEADS * self.case.head_dim;
         let run = self.step(&of_sequence(run.collect()))?;
         let alone = self.step(&of_sequence(vec![(0, last)]))?;
         let mut crowd = of_sequence(vec![(0, last)]);
@@ -153,6 +168,7 @@ impl<'a, D: Device> LongSequence<'a, D> {
             draws: &[],
             changes: &[],
         };
+        let head_dim = self.case.head_dim;
         let device = self.bench.device;
         let ropes = std::slice::from_ref(&self.rope);
         device.begin_step(&batch, ropes, &mut self.workspace)?;
@@ -160,7 +176,7 @@ impl<'a, D: Device> LongSequence<'a, D> {
         for &(_, position) in &step.rows {
             let token = step.first_token + position;
             let mut random = Random::for_case(&format!("token {token}"));
-            let mut part = |heads: usize| random.uniforms(heads * HEAD_DIM, -2.0, 2.0);
+            let mut part = |heads: usize| random.uniforms(heads * head_dim, -2.0, 2.0);
             queries.extend(part(HEADS));
             keys.extend(part(KV_HEADS));
             values.extend(part(KV_HEADS));
@@ -177,9 +193,9 @@ impl<'a, D: Device> LongSequence<'a, D> {
             key_norm: None,
             rope: Some(0),
             heads: HEADS,
-            scale: 1.0 / (HEAD_DIM as f32).sqrt(),
+            scale: 1.0 / (head_dim as f32).sqrt(),
             softcap: None,
-            window: self.window,
+            window: self.case.window,
         };
         device.attention(args, &mut self.workspace)?;
         self.bench.read(&out, elements)
