@@ -102,36 +102,22 @@ struct Places {
     }
 };
 
-// The place of a lane's output in a row of a tile of the launch, and which matrix that is; null past the
-// last output.
-struct Output {
-    const LinearMatrix& target;
-    int index;
-
-    __device__ __forceinline__ Output(const LinearArgs& args, int item, int lane)
-        : target(args.matrices[matrix_of(args, item)]),
-          index((item - target.first_item) * TILE_OUTPUTS + lane) {}
-
-    __device__ __forceinline__ float* at(int row) const {
-        if (index >= target.out_features) return nullptr;
-        return target.out + int64_t(row) * target.out_features + index;
-    }
-};
-
 // Where a lane's output of a row is stored, and how.
 struct Target {
-    float* out;  // null: there is none
+    float* out;  // null: past the last output
     float scale;
     float bias;
 
     __device__ __forceinline__ Target() : out(nullptr), scale(0.0f), bias(0.0f) {}
 
+    // Of a row of a tile of the launch, whichever matrix has it.
     __device__ __forceinline__ Target(const LinearArgs& args, int item, int row, int lane) {
-        const Output output(args, item, lane);
-        out = output.at(row);
-        scale = output.target.matrix.scale;
-        const float* biases = output.target.bias;
-        bias = biases == nullptr || out == nullptr ? 0.0f : __ldg(biases + output.index);
+        const LinearMatrix& target = args.matrices[matrix_of(args, item)];
+        const int index = (item - target.first_item) * TILE_OUTPUTS + lane;
+        const bool is_there = index < target.out_features;
+        out = is_there ? target.out + int64_t(row) * target.out_features + index : nullptr;
+        scale = target.matrix.scale;
+        bias = target.bias == nullptr || out == nullptr ? 0.0f : __ldg(target.bias + index);
     }
 };
 
