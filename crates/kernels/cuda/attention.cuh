@@ -201,6 +201,15 @@ __device__ __forceinline__ float fold(float kept, float part, FoldFactors factor
     return __fmaf_rn(kept, factors.keep, __fmul_rn(part, factors.take));
 }
 
+// Folds two dimensions of a piece into the pieces before it, which lie at `place`, unless it is the first.
+__device__ __forceinline__ void fold_in_place(float* two, float2* place, FoldFactors factors,
+                                              bool is_first) {
+    const float2 before = is_first ? make_float2(0.0f, 0.0f) : *place;
+    two[0] = fold(before.x, two[0], factors);
+    two[1] = fold(before.y, two[1], factors);
+    *place = make_float2(two[0], two[1]);
+}
+
 // --- The rows of a tile. ---
 //
 // The step's inputs, and what earlier steps have stored in pages, are read before

@@ -169,6 +169,22 @@ struct SplitBlock {
         }
     }
 
+    // Calls `visit` with every two neighbouring dimensions that the lane has of query head 8 i + lane / 4, and with
+    // their place in a row of f32.
+    template <typename Kept, typename Visit>
+    __device__ __forceinline__ void each_pair(Kept& kept, int i, float* row, Visit visit) const {
+#pragma unroll
+        for (int pair = 0; pair < PAIRS; ++pair) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const int dimension = (warp * PAIRS + pair) * 16 + n * 8 + lane % 4 * 2;
+                if (dimension < args.head_dim) {
+                    visit(&kept[pair][n][2 * i], reinterpret_cast<float2*>(row + dimension));
+                }
+            }
+        }
+    }
+
     // Writes what the lane has of the result to rows of f32 that start at `to(m)`.
     template <typename Rows>
     __device__ __forceinline__ void write(const float (&kept)[PAIRS][2][4], Rows to) const {
@@ -176,18 +192,9 @@ struct SplitBlock {
         for (int i = 0; i < 2; ++i) {
             const int m = lane / 4 + 8 * i;
             if (!queries.has(args, m)) continue;
-            float* row = to(m);
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; ++pair) {
-#pragma unroll
-                for (int n = 0; n < 2; ++n) {
-                    const int dimension = (warp * PAIRS + pair) * 16 + n * 8 + lane % 4 * 2;
-                    if (dimension < args.head_dim) {
-                        *reinterpret_cast<float2*>(row + dimension) =
-                            make_float2(kept[pair][n][2 * i], kept[pair][n][2 * i + 1]);
-                    }
-                }
-            }
+            each_pair(kept, i, to(m), [](const float* two, float2* place) {
+                *place = make_float2(two[0], two[1]);
+            });
         }
     }
 
@@ -205,21 +212,9 @@ struct SplitBlock {
             shared.wholes[warp][m] = whole;
             if (!queries.has(args, m)) continue;
             float* row = args.out + queries.query(args, m) * args.head_dim;
-#pragma unroll
-            for (int pair = 0; pair < PAIRS; ++pair) {
-#pragma unroll
-                for (int n = 0; n < 2; ++n) {
-                    const int dimension = (warp * PAIRS + pair) * 16 + n * 8 + lane % 4 * 2;
-                    if (dimension >= args.head_dim) continue;
-                    float2* place = reinterpret_cast<float2*>(row + dimension);
-                    float2 before = make_float2(0.0f, 0.0f);
-                    if (!is_first) before = *place;
-                    float* two = &kept[pair][n][2 * i];
-                    two[0] = fold(before.x, two[0], factors);
-                    two[1] = fold(before.y, two[1], factors);
-                    *place = make_float2(two[0], two[1]);
-                }
-            }
+            each_pair(kept, i, row, [&](float* two, float2* place) {
+                fold_in_place(two, place, factors, is_first);
+            });
         }
     }
 

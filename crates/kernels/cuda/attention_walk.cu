@@ -255,10 +255,7 @@ struct WalkWarp {
             *place = whole;
             state = whole;
             each_pair(i / 2, i % 2, [&](float* two, float2* place) {
-                const float2 before = is_first ? make_float2(0.0f, 0.0f) : *place;
-                two[0] = fold(before.x, two[0], factors);
-                two[1] = fold(before.y, two[1], factors);
-                *place = make_float2(two[0], two[1]);
+                fold_in_place(two, place, factors, is_first);
             });
         }
     }

@@ -163,10 +163,8 @@ struct WalkSource {
         const uint8_t* mine = from + thread * 16;
 #pragma unroll
         for (int pass = 0; pass < TILE / PASS_ROWS; ++pass) {
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                             to + unit_offset<D>(row + pass * PASS_ROWS, unit)),
-                         "l"(mine + pass * PASS_ROWS * W::ROW_BYTES)
-                         : "memory");
+            copy_async(to + unit_offset<D>(row + pass * PASS_ROWS, unit),
+                       mine + pass * PASS_ROWS * W::ROW_BYTES);
         }
     }
 
