@@ -550,25 +550,27 @@ impl<'a, D: Device> Sequences<'a, D> {
 }
 
 /// Pages that `tokens` tokens take.
-fn pages_of(tokens: usize) -> usize {
+pub(super) fn pages_of(tokens: usize) -> usize {
     tokens.div_ceil(PAGE_TOKENS)
+}
+
+/// A rope's, one for each pair of the dimensions that it rotates.
+pub(super) fn inverse_frequencies(base: f32, rotary_dim: usize) -> Vec<f32> {
+    (0..rotary_dim / 2)
+        .map(|pair| base.powf(-2.0 * pair as f32 / rotary_dim as f32))
+        .collect()
 }
 
 fn ropes_of(case: &AttentionCase) -> Vec<Rope> {
     let (style, rotary_dim, attention_factor) =
         case.rope.unwrap_or((RopeStyle::Halves, case.head_dim, 1.0));
-    let frequencies = |base: f32| -> Vec<f32> {
-        (0..rotary_dim / 2)
-            .map(|pair| base.powf(-2.0 * pair as f32 / rotary_dim as f32))
-            .collect()
-    };
     let other = Rope {
-        inverse_frequencies: frequencies(500.0),
+        inverse_frequencies: inverse_frequencies(500.0, rotary_dim),
         attention_factor: 3.0,
         style: RopeStyle::Interleaved,
     };
     let used = Rope {
-        inverse_frequencies: frequencies(10_000.0),
+        inverse_frequencies: inverse_frequencies(10_000.0, rotary_dim),
         attention_factor,
         style,
     };

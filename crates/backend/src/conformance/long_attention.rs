@@ -4,6 +4,7 @@
 
 use oxllama_memory::CacheFormat;
 
+use super::attention::{inverse_frequencies, pages_of};
 use super::random::Random;
 use super::{Bench, CaseError, ConformanceError, Suite, differing_bits};
 use crate::{
@@ -76,7 +77,7 @@ struct Rows {
 impl<'a, D: Device> LongSequence<'a, D> {
     fn new(bench: &'a Bench<'a, D>, case: LongCase) -> Result<Self, CaseError> {
         let head_dim = case.head_dim;
-        let pages = case.tokens.div_ceil(PAGE_TOKENS);
+        let pages = pages_of(case.tokens);
         let shape = CacheShape {
             pages: pages + NEIGHBOURS,
             kv_heads: KV_HEADS,
@@ -101,14 +102,13 @@ impl<'a, D: Device> LongSequence<'a, D> {
             rotary_dim: head_dim,
             ropes: 1,
         })?;
-        let frequency = |pair| 10_000_f32.powf(-2.0 * pair as f32 / head_dim as f32);
         Ok(Self {
             bench,
             case,
             cache,
             workspace,
             rope: Rope {
-                inverse_frequencies: (0..head_dim / 2).map(frequency).collect(),
+                inverse_frequencies: inverse_frequencies(10_000.0, head_dim),
                 attention_factor: 1.0,
                 style: RopeStyle::Halves,
             },
@@ -117,7 +117,7 @@ impl<'a, D: Device> LongSequence<'a, D> {
 
     /// Numbers of the last row's result that differ between the ways to compute it.
     fn differing(&mut self) -> Result<f64, CaseError> {
-        let pages: Vec<u32> = (0..self.case.tokens.div_ceil(PAGE_TOKENS) as u32).collect();
+        let pages: Vec<u32> = (0..pages_of(self.case.tokens) as u32).collect();
         // What the pages hold does not matter: each is filled as if it were a sequence's only one.
         for &page in &pages {
             let rows = (0..PAGE_TOKENS).map(|position| (0, position)).collect();
@@ -154,7 +154,7 @@ impl<'a, D: Device> LongSequence<'a, D> {
             + differing_bits(&crowd[..width], &alone))
     }
 
-    /// One step.
+    /// f32 `[rows, heads, head_dim]` of one step.
     fn step(&mut self, step: &Rows) -> Result<Vec<f32>, CaseError> {
         let positions: Vec<u32> = step.rows.iter().map(|&(_, at)| at as u32).collect();
         let row_sequences: Vec<u32> = step.rows.iter().map(|&(slot, _)| slot as u32).collect();
