@@ -218,8 +218,8 @@ struct SplitBlock {
         }
     }
 
-    // Writes the whole to shared memory, where tiles were, all of which have been used.
-    __device__ __forceinline__ void write_whole(float* results, const LaneStates& states,
+    // Puts the whole into shared memory, where tiles were, all of which have been used.
+    __device__ __forceinline__ void put_whole(float* results, const LaneStates& states,
                                                 const float (&kept)[PAIRS][2][4]) {
         write(kept, [&](int m) { return results + m * RESULT_STRIDE<D>; });
 #pragma unroll
@@ -381,27 +381,12 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
 
     uint8_t* memory = dynamic_shared + all.tiles_at;
     if (is_alone) {
-        float* results = reinterpret_cast<float*>(memory);
-        block.write_whole(results, states, kept);
-        const WholeResults<D> whole = {results};
-        write_results<D, IS_DIRECT>(all, queries, whole, shared.sums,
-                                    [] { __syncthreads(); });
+        block.put_whole(reinterpret_cast<float*>(memory), states, kept);
+        write_whole<D, IS_DIRECT>(all, queries, memory, shared.sums);
         return;
     }
     if (!is_last_sharer(args, share.sharers, shared.is_last)) return;
-    FoldFactors* factors = reinterpret_cast<FoldFactors*>(memory);
-    const int items = queries.rows * args.heads_per_tile * Piece<D>::QUADS;
-    const FoldedResults<D> folded = {args,
-                                     queries,
-                                     factors,
-                                     memory + FACTOR_BYTES,
-                                     ring.bytes() - FACTOR_BYTES,
-                                     share.pieces,
-                                     min(items, ATTEND_THREADS)};
-    write_results<D, IS_DIRECT>(all, queries, folded, shared.sums, [&] {
-        compute_factors(args, queries, share.pieces, factors, shared.sums);
-        __syncthreads();
-    });
+    write_folded<D, IS_DIRECT>(all, queries, share.pieces, memory, ring.bytes(), shared.sums);
 }
 
 }  // namespace

@@ -157,12 +157,24 @@ template <int D>
 struct FoldedResults {
     const AttendArgs& args;
     const Queries& queries;
-    const FoldFactors* factors;
+    int pieces;
+    // Where shared memory has what folds parts, then the parts.
+    FoldFactors* factors;
     uint8_t* memory;
     int memory_bytes;
-    int pieces;
     // Four dimensions each, of all query heads, in a turn of the block's threads.
     int items;
+
+    // Over so many bytes of shared memory, where tiles were.
+    __device__ __forceinline__ FoldedResults(const AttendArgs& args, const Queries& queries,
+                                             int pieces, uint8_t* memory, int memory_bytes)
+        : args(args),
+          queries(queries),
+          pieces(pieces),
+          factors(reinterpret_cast<FoldFactors*>(memory)),
+          memory(memory + FACTOR_BYTES),
+          memory_bytes(memory_bytes - FACTOR_BYTES),
+          items(min(queries.rows * args.heads_per_tile * Piece<D>::QUADS, ATTEND_THREADS)) {}
 
     __device__ __forceinline__ int pieces_at_a_time() const {
         return min(pieces, memory_bytes / (items * int(sizeof(float4))));
@@ -260,6 +272,26 @@ __device__ __forceinline__ void write_results(const AttendSplitArgs& all, const 
             *reinterpret_cast<float2*>(out + 2) = make_float2(x[2], x[3]);
         }
     }
+}
+
+// Writes what warps have put into shared memory, f32 [HEADS_OF_WARP, RESULT_STRIDE], and its sums of weights.
+template <int D, bool IS_DIRECT>
+__device__ __forceinline__ void write_whole(const AttendSplitArgs& all, const Queries& queries,
+                                            const uint8_t* memory, const float* sums) {
+    const WholeResults<D> whole = {reinterpret_cast<const float*>(memory)};
+    write_results<D, IS_DIRECT>(all, queries, whole, sums, [] { __syncthreads(); });
+}
+
+// Writes what the parts of all pieces give, by way of so many bytes of shared memory; puts sums of weights there.
+template <int D, bool IS_DIRECT>
+__device__ __forceinline__ void write_folded(const AttendSplitArgs& all, const Queries& queries,
+                                             int pieces, uint8_t* memory, int memory_bytes,
+                                             float* sums) {
+    const FoldedResults<D> folded(all.attend, queries, pieces, memory, memory_bytes);
+    write_results<D, IS_DIRECT>(all, queries, folded, sums, [&] {
+        compute_factors(all.attend, queries, pieces, folded.factors, sums);
+        __syncthreads();
+    });
 }
 
 }  // namespace oxl
