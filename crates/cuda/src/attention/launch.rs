@@ -339,6 +339,7 @@ pub(super) fn is_whole(shape: &CacheShape) -> bool {
 mod tests {
     use oxllama_memory::{Bytes, CacheFormat, DeviceId};
 
+    use super::super::THREADS;
     use super::*;
 
     fn gpu(multiprocessors: usize, shared_per_block: usize) -> GpuInfo {
@@ -402,7 +403,7 @@ mod tests {
                         // Results lie where tiles did, or what folds them and a piece for every thread.
                         let results = SPLIT_HEADS * (padded + PADDING) * size_of::<f32>();
                         let factors = SPLIT_HEADS * most_pieces(1 << 20) * 2 * size_of::<f32>();
-                        let needed = results.max(factors + 128 * 4 * size_of::<f32>());
+                        let needed = results.max(factors + THREADS * 4 * size_of::<f32>());
                         assert!(needed <= memory.ring.shared_bytes - memory.tiles_at);
                         Some(memory.ring)
                     };
