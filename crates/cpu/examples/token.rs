@@ -14,7 +14,7 @@ use oxllama_backend::{
     LinearOps, LinearOutput, Norm, NormKind, NormLinears, PAGE_TOKENS, Rope, RopeStyle, StepBatch,
     StepOps, Store, WorkspaceShape,
 };
-use oxllama_cpu::{CpuDevice, CpuLinear, CpuOptions, measure_read_bandwidth};
+use oxllama_cpu::{CpuDevice, CpuLinear, CpuOptions, CpuWorkspace, measure_read_bandwidth};
 use oxllama_format::{GptqConfig, LinearSource};
 use oxllama_memory::{Bytes, CacheFormat, DeviceId, Ledger, Purpose};
 
@@ -50,6 +50,16 @@ struct Bench {
 }
 
 impl Bench {
+    fn new(threads: Option<usize>) -> Self {
+        let id = DeviceId::cpu(0);
+        Self {
+            device: CpuDevice::new(id.clone(), CpuOptions { threads, isa: None }).unwrap(),
+            ledger: Ledger::for_device(id, Bytes::from_gib(4)),
+            random: Random(7),
+            weight_bytes: 0,
+            load_s: 0.0,
+        }
+    }
     fn buffer(&mut self, values: &[f32]) -> Buffer {
         let mut buffer = self.zeros(values.len() * 4);
         self.device
@@ -86,6 +96,64 @@ impl Bench {
         self.load_s += start.elapsed().as_secs_f64();
         linear
     }
+    fn layer(&mut self, shape: CacheShape) -> Layer {
+        let attention: &[(u32, usize)] = &[(5, 64), (4, 512)];
+        let down: &[(u32, usize)] = &[(6, 64), (4, 1472)];
+        let linears = vec![
+            self.linear(HEADS * HEAD_DIM, attention, 128),
+            self.linear(KV_HEADS * HEAD_DIM, attention, 64),
+            self.linear(KV_HEADS * HEAD_DIM, attention, 64),
+            self.linear(HIDDEN, attention, 128),
+            self.linear(INTERMEDIATE, &[(4, 448), (3, 128)], 64),
+            self.linear(INTERMEDIATE, &[(5, 64), (4, 384), (3, 128)], 64),
+            self.linear(HIDDEN, down, 128),
+        ];
+        Layer {
+            linears,
+            attention_norm: self.norm(),
+            mlp_norm: self.norm(),
+            cache: KvLayer {
+                shape,
+                keys: self.zeros(shape.key_bytes().get() as usize),
+                values: self.zeros(shape.value_bytes().get() as usize),
+            },
+        }
+    }
+    fn workspace(&mut self, pages: usize) -> CpuWorkspace {
+        let shape = WorkspaceShape {
+            rows: PREFILL_TOKENS,
+            sequences: 1,
+            pages_per_sequence: pages,
+            max_in_features: INTERMEDIATE,
+            max_out_features: VOCABULARY,
+            draw_width: 0,
+            heads: HEADS,
+            kv_heads: KV_HEADS,
+            head_dim: HEAD_DIM,
+            rotary_dim: HEAD_DIM,
+            ropes: 1,
+        };
+        let bytes = self.device.workspace_bytes(&shape);
+        let held = self
+            .ledger
+            .reserve(self.device.id(), "bench", Purpose::Workspace, bytes);
+        let held = held.unwrap();
+        self.device.create_workspace(&shape, held).unwrap()
+    }
+    fn activations(&mut self) -> Activations {
+        let rows = PREFILL_TOKENS;
+        Activations {
+            x: self.zeros(rows * HIDDEN * 4),
+            normed: self.zeros(rows * HIDDEN * 4),
+            q: self.zeros(rows * HIDDEN * 4),
+            k: self.zeros(rows * KV_HEADS * HEAD_DIM * 4),
+            v: self.zeros(rows * KV_HEADS * HEAD_DIM * 4),
+            attended: self.zeros(rows * HIDDEN * 4),
+            gate: self.zeros(rows * INTERMEDIATE * 4),
+            up: self.zeros(rows * INTERMEDIATE * 4),
+            logits: self.zeros(VOCABULARY * 4),
+        }
+    }
 }
 
 /// Times of one step in seconds: all, and by operation.
@@ -104,13 +172,106 @@ struct Activations {
     logits: Buffer,
 }
 
+/// The model, and what its steps are made with.
+struct Model {
+    device: CpuDevice,
+    layers: Vec<Layer>,
+    final_norm: Norm<Buffer>,
+    head: CpuLinear,
+    rope: Rope,
+    page_table: Vec<u32>,
+    /// f32 `[PREFILL_TOKENS, HIDDEN]`: what the first layer takes.
+    input: Vec<f32>,
+    activations: Activations,
+    workspace: CpuWorkspace,
+}
+
+impl Model {
+    fn new(bench: &mut Bench, context: usize, format: CacheFormat) -> Self {
+        let pages = (context + PREFILL_TOKENS).div_ceil(PAGE_TOKENS) + 1;
+        let shape = CacheShape {
+            pages,
+            kv_heads: KV_HEADS,
+            head_dim: HEAD_DIM,
+            format,
+        };
+        Self {
+            device: bench.device.clone(),
+            layers: (0..LAYERS).map(|_| bench.layer(shape)).collect(),
+            head: bench.linear(VOCABULARY, &[(8, 64), (6, 512)], 128),
+            final_norm: bench.norm(),
+            rope: Rope {
+                inverse_frequencies: (0..32).map(|i| 1e4_f32.powf(-(i as f32) / 32.0)).collect(),
+                attention_factor: 1.0,
+                style: RopeStyle::Halves,
+            },
+            page_table: (0..pages as u32).collect(),
+            input: bench.random.floats(PREFILL_TOKENS * HIDDEN),
+            activations: bench.activations(),
+            workspace: bench.workspace(pages),
+        }
+    }
+
+    /// Times a step of `rows` tokens from position `first` on.
+    fn step(&mut self, first: usize, rows: usize) -> Times {
+        let positions: Vec<u32> = (first..first + rows).map(|p| p as u32).collect();
+        let batch = StepBatch {
+            token_ids: &vec![1; rows],
+            positions: &positions,
+            row_sequences: &vec![0; rows],
+            page_tables: &self.page_table,
+            pages_per_sequence: self.page_table.len(),
+            logit_rows: &[],
+            draws: &[],
+            changes: &[],
+        };
+        let (device, a, workspace) = (&self.device, &mut self.activations, &mut self.workspace);
+        device
+            .upload(bytemuck::cast_slice(&self.input), &mut a.x)
+            .unwrap();
+        let start = Instant::now();
+        let ropes = std::slice::from_ref(&self.rope);
+        device.begin_step(&batch, ropes, workspace).unwrap();
+        let mut times = Times::default();
+        for layer in &mut self.layers {
+            attend(device, layer, a, workspace, rows, &mut times);
+            let start = Instant::now();
+            mlp(device, layer, a, workspace, rows);
+            times.0[4] += start.elapsed().as_secs_f64();
+        }
+        let before_head = Instant::now();
+        let mut output = [LinearOutput {
+            weights: &self.head,
+            out: &mut a.logits,
+        }];
+        let args = NormLinears {
+            norm: Some(&self.final_norm),
+            x: &a.x,
+            normed: &mut a.normed,
+            linears: &mut output,
+            rows: 1,
+        };
+        device.norm_linears(args, workspace).unwrap();
+        times.0[5] = before_head.elapsed().as_secs_f64();
+        times.0[0] = start.elapsed().as_secs_f64();
+        times
+    }
+
+    /// The fastest of several steps, from `first` of each on.
+    fn best(&mut self, firsts: impl Iterator<Item = usize>, rows: usize) -> Times {
+        firsts
+            .map(|first| self.step(first, rows))
+            .min_by(|a, b| a.0[0].total_cmp(&b.0[0]))
+            .unwrap()
+    }
+}
+
 fn main() {
     let argument = |index: usize| {
         std::env::args()
             .nth(index)
             .and_then(|text| text.parse().ok())
     };
-    let threads: Option<usize> = argument(1);
     let context: usize = argument(2).unwrap_or(64);
     let format = match std::env::args().nth(3) {
         None => CacheFormat::F16,
@@ -119,147 +280,19 @@ fn main() {
             .find(|format| format.to_string() == name)
             .expect("f32, f16, q8, q6 or q4"),
     };
-    let id = DeviceId::cpu(0);
-    let device = CpuDevice::new(id.clone(), CpuOptions { threads, isa: None }).unwrap();
-    let threads = device.pool().threads();
-    let ledger = Ledger::for_device(id, Bytes::from_gib(4));
-    let mut bench = Bench {
-        device,
-        ledger,
-        random: Random(7),
-        weight_bytes: 0,
-        load_s: 0.0,
-    };
-    let mut layers = Vec::new();
-    let pages = (context + PREFILL_TOKENS).div_ceil(PAGE_TOKENS) + 1;
-    let shape = CacheShape {
-        pages,
-        kv_heads: KV_HEADS,
-        head_dim: HEAD_DIM,
-        format,
-    };
-    let key_bytes = shape.key_bytes().get() as usize;
-    let value_bytes = shape.value_bytes().get() as usize;
-    for _ in 0..LAYERS {
-        let attention: &[(u32, usize)] = &[(5, 64), (4, 512)];
-        let down: &[(u32, usize)] = &[(6, 64), (4, 1472)];
-        let linears = vec![
-            bench.linear(HEADS * HEAD_DIM, attention, 128),
-            bench.linear(KV_HEADS * HEAD_DIM, attention, 64),
-            bench.linear(KV_HEADS * HEAD_DIM, attention, 64),
-            bench.linear(HIDDEN, attention, 128),
-            bench.linear(INTERMEDIATE, &[(4, 448), (3, 128)], 64),
-            bench.linear(INTERMEDIATE, &[(5, 64), (4, 384), (3, 128)], 64),
-            bench.linear(HIDDEN, down, 128),
-        ];
-        layers.push(Layer {
-            linears,
-            attention_norm: bench.norm(),
-            mlp_norm: bench.norm(),
-            cache: KvLayer {
-                shape,
-                keys: bench.zeros(key_bytes),
-                values: bench.zeros(value_bytes),
-            },
-        });
-    }
-    let head = bench.linear(VOCABULARY, &[(8, 64), (6, 512)], 128);
-    let final_norm = bench.norm();
+    let mut bench = Bench::new(argument(1));
+    let threads = bench.device.pool().threads();
+    let mut model = Model::new(&mut bench, context, format);
     println!(
         "{:?}, {threads} threads, weights {:.1} MB, repacked in {:.0} ms on one thread",
         bench.device.isa(),
         bench.weight_bytes as f64 / 1e6,
         bench.load_s * 1e3
     );
-    let rows = PREFILL_TOKENS;
-    let workspace_shape = WorkspaceShape {
-        rows,
-        sequences: 1,
-        pages_per_sequence: pages,
-        max_in_features: INTERMEDIATE,
-        max_out_features: VOCABULARY,
-        draw_width: 0,
-        heads: HEADS,
-        kv_heads: KV_HEADS,
-        head_dim: HEAD_DIM,
-        rotary_dim: HEAD_DIM,
-        ropes: 1,
-    };
-    let bytes = bench.device.workspace_bytes(&workspace_shape);
-    let held = bench
-        .ledger
-        .reserve(bench.device.id(), "bench", Purpose::Workspace, bytes);
-    let mut workspace = bench
-        .device
-        .create_workspace(&workspace_shape, held.unwrap())
-        .unwrap();
-    let input = bench.random.floats(rows * HIDDEN);
-    let mut a = Activations {
-        x: bench.buffer(&input),
-        normed: bench.zeros(rows * HIDDEN * 4),
-        q: bench.zeros(rows * HIDDEN * 4),
-        k: bench.zeros(rows * KV_HEADS * HEAD_DIM * 4),
-        v: bench.zeros(rows * KV_HEADS * HEAD_DIM * 4),
-        attended: bench.zeros(rows * HIDDEN * 4),
-        gate: bench.zeros(rows * INTERMEDIATE * 4),
-        up: bench.zeros(rows * INTERMEDIATE * 4),
-        logits: bench.zeros(VOCABULARY * 4),
-    };
-    let rope = Rope {
-        inverse_frequencies: (0..32).map(|i| 1e4_f32.powf(-(i as f32) / 32.0)).collect(),
-        attention_factor: 1.0,
-        style: RopeStyle::Halves,
-    };
-    let page_table: Vec<u32> = (0..pages as u32).collect();
-    let mut step = |first: usize, rows: usize| -> Times {
-        let positions: Vec<u32> = (first..first + rows).map(|p| p as u32).collect();
-        let batch = StepBatch {
-            token_ids: &vec![1; rows],
-            positions: &positions,
-            row_sequences: &vec![0; rows],
-            page_tables: &page_table,
-            pages_per_sequence: pages,
-            logit_rows: &[],
-            draws: &[],
-            changes: &[],
-        };
-        bench
-            .device
-            .upload(bytemuck::cast_slice(&input), &mut a.x)
-            .unwrap();
-        let start = Instant::now();
-        let ropes = std::slice::from_ref(&rope);
-        bench
-            .device
-            .begin_step(&batch, ropes, &mut workspace)
-            .unwrap();
-        let mut times = forward(&bench.device, &mut layers, &mut a, &mut workspace, rows);
-        let before_head = Instant::now();
-        let mut output = [LinearOutput {
-            weights: &head,
-            out: &mut a.logits,
-        }];
-        let args = NormLinears {
-            norm: Some(&final_norm),
-            x: &a.x,
-            normed: &mut a.normed,
-            linears: &mut output,
-            rows: 1,
-        };
-        bench.device.norm_linears(args, &mut workspace).unwrap();
-        times.0[5] = before_head.elapsed().as_secs_f64();
-        times.0[0] = start.elapsed().as_secs_f64();
-        times
-    };
-    let best = |runs: Vec<Times>| {
-        runs.into_iter()
-            .min_by(|a, b| a.0[0].total_cmp(&b.0[0]))
-            .unwrap()
-    };
-    step(0, PREFILL_TOKENS);
+    model.step(0, PREFILL_TOKENS);
     for round in 0..3 {
-        let decode = best((0..60).map(|i| step(context + i % 8, 1)).collect());
-        let prefill = best((0..4).map(|_| step(0, PREFILL_TOKENS)).collect());
+        let decode = model.best((0..60).map(|i| context + i % 8), 1);
+        let prefill = model.best(std::iter::repeat_n(0, 4), PREFILL_TOKENS);
         let bandwidth = measure_read_bandwidth(threads, 1 << 29).unwrap();
         let floor = bench.weight_bytes as f64 / bandwidth;
         let ms = |times: Times| times.0.map(|seconds| (seconds * 1e5).round() / 1e2);
@@ -282,105 +315,88 @@ fn main() {
     }
 }
 
-fn forward(
+/// A layer's attention, timed by operation.
+fn attend(
     device: &CpuDevice,
-    layers: &mut [Layer],
+    layer: &mut Layer,
     a: &mut Activations,
-    workspace: &mut oxllama_cpu::CpuWorkspace,
+    workspace: &mut CpuWorkspace,
     rows: usize,
-) -> Times {
-    let mut times = Times::default();
-    for layer in layers {
-        let [q, k, v, o, gate, up, down] = &layer.linears[..] else {
-            unreachable!()
-        };
-        let mut lap = Instant::now();
-        let mut mark = |index: usize| {
-            times.0[index] += lap.elapsed().as_secs_f64();
-            lap = Instant::now();
-        };
-        let mut outputs = [
-            LinearOutput {
-                weights: q,
-                out: &mut a.q,
-            },
-            LinearOutput {
-                weights: k,
-                out: &mut a.k,
-            },
-            LinearOutput {
-                weights: v,
-                out: &mut a.v,
-            },
-        ];
-        let args = NormLinears {
-            norm: Some(&layer.attention_norm),
-            x: &a.x,
-            normed: &mut a.normed,
-            linears: &mut outputs,
-            rows,
-        };
-        device.norm_linears(args, workspace).unwrap();
-        mark(1);
-        let args = AttentionArgs {
-            queries: &mut a.q,
-            keys: &mut a.k,
-            values: &a.v,
-            cache: &mut layer.cache,
-            out: &mut a.attended,
-            query_norm: None,
-            key_norm: None,
-            rope: Some(0),
-            heads: HEADS,
-            scale: 0.125,
-            softcap: None,
-            window: None,
-        };
-        device.attention(args, workspace).unwrap();
-        mark(2);
-        let output = LinearOutput {
-            weights: o,
-            out: &mut a.x,
-        };
-        device
-            .linear(
-                &a.attended,
-                output,
-                Store::Add { scale: 1.0 },
-                rows,
-                workspace,
-            )
-            .unwrap();
-        mark(3);
-        let mut outputs = [
-            LinearOutput {
-                weights: gate,
-                out: &mut a.gate,
-            },
-            LinearOutput {
-                weights: up,
-                out: &mut a.up,
-            },
-        ];
-        let args = NormLinears {
-            norm: Some(&layer.mlp_norm),
-            x: &a.x,
-            normed: &mut a.normed,
-            linears: &mut outputs,
-            rows,
-        };
-        device.norm_linears(args, workspace).unwrap();
-        let args = GatedLinear {
-            activation: Activation::Silu,
-            gate: &mut a.gate,
-            up: &a.up,
-            weights: down,
-            out: &mut a.x,
-            store: Store::Add { scale: 1.0 },
-            rows,
-        };
-        device.gated_linear(args, workspace).unwrap();
-        mark(4);
-    }
-    times
+    times: &mut Times,
+) {
+    let [q, k, v, o, ..] = &layer.linears[..] else {
+        unreachable!()
+    };
+    let mut lap = Instant::now();
+    let mut mark = |index: usize| {
+        times.0[index] += lap.elapsed().as_secs_f64();
+        lap = Instant::now();
+    };
+    let outputs = [(q, &mut a.q), (k, &mut a.k), (v, &mut a.v)];
+    let args = NormLinears {
+        norm: Some(&layer.attention_norm),
+        x: &a.x,
+        normed: &mut a.normed,
+        linears: &mut outputs.map(|(weights, out)| LinearOutput { weights, out }),
+        rows,
+    };
+    device.norm_linears(args, workspace).unwrap();
+    mark(1);
+    let args = AttentionArgs {
+        queries: &mut a.q,
+        keys: &mut a.k,
+        values: &a.v,
+        cache: &mut layer.cache,
+        out: &mut a.attended,
+        query_norm: None,
+        key_norm: None,
+        rope: Some(0),
+        heads: HEADS,
+        scale: 0.125,
+        softcap: None,
+        window: None,
+    };
+    device.attention(args, workspace).unwrap();
+    mark(2);
+    let output = LinearOutput {
+        weights: o,
+        out: &mut a.x,
+    };
+    let store = Store::Add { scale: 1.0 };
+    device
+        .linear(&a.attended, output, store, rows, workspace)
+        .unwrap();
+    mark(3);
+}
+
+/// The rest of a layer: norm, gate and up, activation, down.
+fn mlp(
+    device: &CpuDevice,
+    layer: &Layer,
+    a: &mut Activations,
+    workspace: &mut CpuWorkspace,
+    rows: usize,
+) {
+    let [.., gate, up, down] = &layer.linears[..] else {
+        unreachable!()
+    };
+    let outputs = [(gate, &mut a.gate), (up, &mut a.up)];
+    let args = NormLinears {
+        norm: Some(&layer.mlp_norm),
+        x: &a.x,
+        normed: &mut a.normed,
+        linears: &mut outputs.map(|(weights, out)| LinearOutput { weights, out }),
+        rows,
+    };
+    device.norm_linears(args, workspace).unwrap();
+    let args = GatedLinear {
+        activation: Activation::Silu,
+        gate: &mut a.gate,
+        up: &a.up,
+        weights: down,
+        out: &mut a.x,
+        store: Store::Add { scale: 1.0 },
+        rows,
+    };
+    device.gated_linear(args, workspace).unwrap();
 }
