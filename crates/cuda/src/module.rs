@@ -88,6 +88,17 @@ impl Modules {
         name: &'static str,
         shared_bytes: usize,
     ) -> Result<Kernel, CudaUnavailable> {
+        let found = self.kernel_if_any(unit, name, shared_bytes)?;
+        found.ok_or_else(|| self.refused(CUresult::CUDA_ERROR_NOT_FOUND, name))
+    }
+
+    /// [`Self::kernel`], or `None` where the unit has no such entry for this GPU.
+    pub(crate) fn kernel_if_any(
+        &self,
+        unit: &'static str,
+        name: &'static str,
+        shared_bytes: usize,
+    ) -> Result<Option<Kernel>, CudaUnavailable> {
         let missing = |reason: String| self.failed(format!("{name} of unit {unit}: {reason}"));
         let Some(&module) = self.by_unit.get(unit) else {
             return Err(missing("there is no such unit".to_owned()));
@@ -96,6 +107,9 @@ impl Modules {
         let mut function = std::ptr::null_mut();
         // SAFETY: the module is loaded; the name ends with a zero.
         let code = unsafe { sys::cuModuleGetFunction(&raw mut function, module, symbol.as_ptr()) };
+        if code == CUresult::CUDA_ERROR_NOT_FOUND {
+            return Ok(None);
+        }
         if code != CUresult::CUDA_SUCCESS {
             return Err(self.refused(code, name));
         }
@@ -106,7 +120,7 @@ impl Modules {
             let what = format!("giving {name} {shared_bytes} bytes of shared memory");
             return Err(self.refused(code, &what));
         }
-        Ok(Kernel { function, name })
+        Ok(Some(Kernel { function, name }))
     }
 
     /// The driver's answer to loading `what`.

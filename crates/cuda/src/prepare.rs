@@ -8,6 +8,7 @@ use crate::context::GpuInfo;
 use crate::device::CudaDevice;
 use crate::error::CudaUnavailable;
 use crate::launch::Launch;
+use crate::linear::ROWS_OF_CHUNK;
 use crate::module::{Kernel, Modules};
 
 /// Most outputs of one launch; `MOST_PREPARED` in `prepare.cu`.
@@ -23,6 +24,35 @@ const GATHER_THREADS: usize = 768;
 /// Shared memory of a block that is not a row's: sums.
 const STATIC_SHARED_BYTES: usize = 1024;
 
+/// How fp16 rows of a linear's inputs lie in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RowLayout {
+    /// `[rows, padded_width]`
+    Plain,
+    /// `[padded_width / 64, rows rounded up to `[`ROWS_OF_CHUNK`]`, 64]`, within which places have the
+    /// order of `chunks.cuh`.
+    Chunks,
+}
+
+impl RowLayout {
+    /// Places of a row of so many elements, zeros at the end.
+    pub(crate) fn padded_width(self, width: usize) -> usize {
+        width.next_multiple_of(match self {
+            Self::Plain => 32,
+            Self::Chunks => 64,
+        })
+    }
+
+    /// Places of all of `rows` rows.
+    pub(crate) fn places(self, rows: usize, padded_width: usize) -> usize {
+        padded_width
+            * match self {
+                Self::Plain => rows,
+                Self::Chunks => rows.next_multiple_of(ROWS_OF_CHUNK),
+            }
+    }
+}
+
 /// What [`CudaDevice::prepare`] makes fp16 rows of.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Prepare<'a> {
@@ -36,8 +66,10 @@ pub(crate) struct Prepare<'a> {
     pub(crate) rows: usize,
     /// Elements of a row.
     pub(crate) width: usize,
-    /// Places of a row of fp16, a multiple of 32 and at least `width`; zeros from there on.
+    /// Places of a row of fp16 ([`RowLayout::padded_width`]); zeros from `width` on.
     pub(crate) padded_width: usize,
+    /// How they lie.
+    pub(crate) layout: RowLayout,
 }
 
 /// One linear's input.
@@ -48,7 +80,7 @@ pub(crate) struct PreparedRows {
     /// Like norms' weights it is read before earlier kernels have ended: it must have been
     /// written before the step.
     pub(crate) permutation: Option<CUdeviceptr>,
-    /// f16 `[rows, padded_width]`, 16-byte aligned.
+    /// f16 rows, 128-byte aligned.
     pub(crate) out: CUdeviceptr,
 }
 
@@ -67,16 +99,23 @@ struct PrepareArgs {
     norm_kind: i32,
     activation: i32,
     epsilon: f32,
-    reserved: i32,
+    row_stride: i32,
+}
+
+/// The entries of `prepare.cu` for one layout of rows.
+#[derive(Debug)]
+struct Entries {
+    spread: Kernel,
+    gather: Kernel,
+    row: Kernel,
+    wide_row: Kernel,
 }
 
 /// The entries of `prepare.cu`.
 #[derive(Debug)]
 pub(crate) struct PrepareKernels {
-    spread: Kernel,
-    gather: Kernel,
-    row: Kernel,
-    wide_row: Kernel,
+    plain: Entries,
+    chunks: Entries,
     /// The widest row that `row` can hold.
     widest_row: usize,
 }
@@ -84,11 +123,27 @@ pub(crate) struct PrepareKernels {
 impl PrepareKernels {
     pub(crate) fn find(modules: &Modules, gpu: &GpuInfo) -> Result<Self, CudaUnavailable> {
         let shared_bytes = gpu.shared_per_block.get() as usize - STATIC_SHARED_BYTES;
+        let entries = |[spread, gather, row, wide_row]: [&'static str; 4]| {
+            Ok(Entries {
+                spread: modules.kernel("prepare", spread, 0)?,
+                gather: modules.kernel("prepare", gather, shared_bytes)?,
+                row: modules.kernel("prepare", row, shared_bytes)?,
+                wide_row: modules.kernel("prepare", wide_row, 0)?,
+            })
+        };
         Ok(Self {
-            spread: modules.kernel("prepare", "oxl_prepare", 0)?,
-            gather: modules.kernel("prepare", "oxl_prepare_gather", shared_bytes)?,
-            row: modules.kernel("prepare", "oxl_prepare_row", shared_bytes)?,
-            wide_row: modules.kernel("prepare", "oxl_prepare_wide_row", 0)?,
+            plain: entries([
+                "oxl_prepare",
+                "oxl_prepare_gather",
+                "oxl_prepare_row",
+                "oxl_prepare_wide_row",
+            ])?,
+            chunks: entries([
+                "oxl_prepare_chunks",
+                "oxl_prepare_gather_chunks",
+                "oxl_prepare_row_chunks",
+                "oxl_prepare_wide_row_chunks",
+            ])?,
             // Whole vectors of four.
             widest_row: shared_bytes / 16 * 4,
         })
@@ -207,11 +262,11 @@ impl CudaDevice {
         args: Prepare<'_>,
         outputs: &[PreparedRows],
     ) -> Result<(), DeviceError> {
-        assert!(
-            args.padded_width.is_multiple_of(32) && args.width <= args.padded_width,
-            "rows of {} elements in {} places",
-            args.width,
-            args.padded_width
+        assert_eq!(
+            args.padded_width,
+            args.layout.padded_width(args.width),
+            "places of rows of {} elements",
+            args.width
         );
         assert!(
             args.gate.is_none() || args.norm.is_none(),
@@ -235,11 +290,15 @@ impl CudaDevice {
             is_permuted: outputs.iter().any(|output| output.permutation.is_some()),
         };
         let (entry, launch) = plan(&shape, kernels.widest_row);
+        let entries = match args.layout {
+            RowLayout::Plain => &kernels.plain,
+            RowLayout::Chunks => &kernels.chunks,
+        };
         let kernel = match entry {
-            Entry::Spread => kernels.spread,
-            Entry::Gather => kernels.gather,
-            Entry::Row => kernels.row,
-            Entry::WideRow => kernels.wide_row,
+            Entry::Spread => entries.spread,
+            Entry::Gather => entries.gather,
+            Entry::Row => entries.row,
+            Entry::WideRow => entries.wide_row,
         };
         let mut permutations = [0; MOST_PREPARED];
         let mut outs = [0; MOST_PREPARED];
@@ -259,7 +318,7 @@ impl CudaDevice {
             norm_kind: args.norm.map_or(0, |norm| norm_number(norm.kind)),
             activation,
             epsilon: args.norm.map_or(0.0, |norm| norm.epsilon),
-            reserved: 0,
+            row_stride: args.rows.next_multiple_of(ROWS_OF_CHUNK) as i32,
         };
         // SAFETY: the structure is the kernel's; buffers hold what was asked of them above, and
         // the rest is the caller's promise.

@@ -239,8 +239,7 @@ impl StepOps for CudaDevice {
     type Workspace = CudaWorkspace;
 
     fn workspace_bytes(&self, shape: &WorkspaceShape) -> Bytes {
-        let has_library = self.blaslt().is_some();
-        let linear = LinearScratch::bytes(shape, has_library);
+        let linear = LinearScratch::bytes(shape, self.many_rows());
         Bytes::from_usize(Offsets::of(shape).end + linear)
     }
 
@@ -266,7 +265,7 @@ impl StepOps for CudaDevice {
             is_decode: false,
         };
         let linear = inputs.memory.at(offsets.end);
-        let linear = LinearScratch::new(shape, self.blaslt().is_some(), linear);
+        let linear = LinearScratch::new(shape, self.many_rows(), linear);
         let attention = AttentionScratch::new(shape, inputs.memory.at(offsets.attention));
         let draws = inputs.memory.at(offsets.draws);
         let draws = DrawScratch::new(self.context(), shape, draws)?;

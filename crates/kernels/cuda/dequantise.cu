@@ -33,18 +33,6 @@ struct MemoryReader {
     }
 };
 
-// (code - zero) of a pair of codes that begin at bit `at`: 1024 + code 2^at, exactly, is brought down to
-// it in one operation.
-__device__ __forceinline__ uint32_t centred(uint32_t pair, int at, uint32_t zero) {
-    const uint32_t factor = (15u - at) << 10;
-    const uint32_t offset = 0xe400u - (uint32_t(at) << 10) + (zero << at);
-    uint32_t result;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;"
-        : "=r"(result)
-        : "r"(pair | 0x64006400u), "r"(factor * 0x10001u), "r"(offset * 0x10001u));
-    return result;
-}
-
 // What a warp unpacks: neighbouring blocks of a tile.
 struct Span {
     const TileMatrix& matrix;
@@ -67,28 +55,15 @@ __device__ __forceinline__ void unpack_blocks(Span& span, int block) {
     for (int i = 0; i < COUNT; ++i) {
         infos[i] = block_info(matrix, block + i);
         const MemoryReader reader = {span.next + i * BITS * BLOCK_UNIT_BYTES};
-        take_weights<BITS>(reader, span.lane, weights[i]);
+        take_weights<BITS, true>(reader, span.lane, weights[i]);
     }
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
         raw[i] = load_scales(matrix, span.tile, infos[i].group(), span.lane / 4);
     }
-    const bool is_gptq = matrix.encoding == ENCODING_GPTQ;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-        float scales[4];
-        decode_scales(matrix, raw[i], infos[i], scales);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const __half2 scale = __float2half2_rn(scales[j]);
-            const uint32_t zero = is_gptq ? raw[i].zeros >> (8 * j) & 0xff : 1u << (BITS - 1);
-#pragma unroll
-            for (uint32_t& pair : weights[i].pairs[j]) {
-                if (BITS != BITS_FLOAT) pair = centred(pair, field_bit(BITS, j), zero);
-                auto& two = reinterpret_cast<__half2&>(pair);
-                two = __hmul2(two, scale);
-            }
-        }
+        finish_weights<BITS>(weight_scales(matrix, BITS, raw[i], infos[i]), weights[i]);
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

@@ -3,6 +3,9 @@
 //   y[row]      = norm(x[row]),  activation(gate[row]) * x[row],  or x[row]
 //   out[row][r] = f16(clamp(y[row][permutation[r]], -65504, 65504)),  0 from `width` on
 //
+// In rows for products of few rows; for those of many, rows lie in chunks (chunks.cuh) and their places
+// are in another order.
+//
 // NaN stays NaN, so that what went wrong is seen in the logits. A norm's sums are taken in f32, in
 // an order that depends on the width alone. At most three outputs of different orders are
 // written at once.
@@ -12,6 +15,7 @@
 // from shared memory (0.1 us with four blocks a row, each of which norms the whole row and writes
 // a quarter) and the stores. Weights and orders are loaded before the wait. At many rows the
 // bytes: 6 (norm) or 10 (gate) an element.
+#include "chunks.cuh"
 #include "rows.cuh"
 
 constexpr int MOST_PREPARED = 3;
@@ -27,17 +31,18 @@ struct PrepareArgs {
     const float* norm_bias;
     // u32 [width] each, 16-byte aligned: which element of y each place takes. Null: its own.
     const uint32_t* permutations[MOST_PREPARED];
-    // f16 [rows, padded_width] each, 16-byte aligned.
+    // f16 [rows, padded_width] or [padded_width / 64, row_stride, 64] each, 16-byte aligned.
     __half* outs[MOST_PREPARED];
     int32_t width;
-    // A multiple of 32, the same for all outputs.
+    // A multiple of 32, or of 64 for chunks; the same for all outputs.
     int32_t padded_width;
     // NORM_RMS or NORM_LAYER.
     int32_t norm_kind;
     // ACTIVATION_...
     int32_t activation;
     float epsilon;
-    int32_t reserved;
+    // Rows of a chunk in memory.
+    int32_t row_stride;
 };
 
 namespace {
@@ -48,36 +53,76 @@ struct Places {
     int at[4];
 };
 
-// Where places `first..first + 4` take their elements from; places past the width from 0.
-__device__ __forceinline__ Places load_places(const uint32_t* permutation, int first, int width) {
-    Places places = {{first, first + 1, first + 2, first + 3}};
-    if (permutation != nullptr && first + 4 <= width) {
+// Rows after each other, places in the linear's order.
+struct PlainRows {
+    // Whether four places that are stored together are four after each other.
+    static constexpr bool IS_PLAIN = true;
+
+    static __device__ __forceinline__ Places places(int first) {
+        return {{first, first + 1, first + 2, first + 3}};
+    }
+
+    static __device__ __forceinline__ Places permuted(const uint32_t* permutation, int first) {
         const uint4 loaded = *reinterpret_cast<const uint4*>(permutation + first);
         return {{int(loaded.x), int(loaded.y), int(loaded.z), int(loaded.w)}};
     }
+
+    static __device__ __forceinline__ int64_t offset(const PrepareArgs& args, int row, int first) {
+        return int64_t(row) * args.padded_width + first;
+    }
+};
+
+// Rows in chunks: four stored places are two pairs of places.
+struct ChunkRows {
+    static constexpr bool IS_PLAIN = false;
+
+    static __device__ __forceinline__ Places places(int first) {
+        const int place = oxl::chunk_place(first);
+        return {{place, place + 1, place + 8, place + 9}};
+    }
+
+    static __device__ __forceinline__ Places permuted(const uint32_t* permutation, int first) {
+        const auto* pairs = reinterpret_cast<const uint2*>(permutation + oxl::chunk_place(first));
+        const uint2 low = pairs[0];
+        const uint2 high = pairs[4];
+        return {{int(low.x), int(low.y), int(high.x), int(high.y)}};
+    }
+
+    static __device__ __forceinline__ int64_t offset(const PrepareArgs& args, int row, int first) {
+        return oxl::chunk_offset(row, first, args.row_stride);
+    }
+};
+
+// Where the four places stored from `first` on take their elements from; places past the width from 0.
+template <typename Rows>
+__device__ __forceinline__ Places load_places(const uint32_t* permutation, int first, int width) {
+    Places places = Rows::places(first);
+    if (permutation != nullptr && places.at[3] < width) return Rows::permuted(permutation, first);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        if (first + i >= width) {
+        if (places.at[i] >= width) {
             places.at[i] = 0;
         } else if (permutation != nullptr) {
-            places.at[i] = int(permutation[first + i]);
+            places.at[i] = int(permutation[places.at[i]]);
         }
     }
     return places;
 }
 
-// Writes places `first..first + 4` of a row, zeros from `width` on.
+// Writes the four places stored from `first` on, zeros from `width` on.
+template <typename Rows>
 __device__ __forceinline__ void store_places(__half* out, int first, int width, Four y) {
+    const Places places = Rows::places(first);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        if (first + i >= width) y.at[i] = 0.0f;
+        if (places.at[i] >= width) y.at[i] = 0.0f;
     }
     __half2 pairs[2] = {oxl::clamped_half2(y.at[0], y.at[1]),
                         oxl::clamped_half2(y.at[2], y.at[3])};
     uint2 packed;
     packed.x = *reinterpret_cast<uint32_t*>(&pairs[0]);
     packed.y = *reinterpret_cast<uint32_t*>(&pairs[1]);
-    *reinterpret_cast<uint2*>(out + first) = packed;
+    *reinterpret_cast<uint2*>(out) = packed;
 }
 
 // Elements `first..first + 4` of y without a norm.
@@ -116,7 +161,7 @@ struct Slice {
 // Grid (rows, slices, outputs): each block knows the whole row and writes one slice of one output.
 // IN_SHARED: the row lies in shared memory, f32 [width rounded up to 4]; else elements are
 // loaded again, from the L2.
-template <bool IN_SHARED>
+template <typename Rows, bool IN_SHARED>
 __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
     extern __shared__ float4 shared[];
     __shared__ float mean_partials[oxl::WARP_LANES];
@@ -129,7 +174,7 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
     const int stride = 4 * threads;
     const int first = 4 * threadIdx.x;
     const uint32_t* permutation = args.permutations[blockIdx.z];
-    __half* out = args.outs[blockIdx.z] + row * args.padded_width;
+    __half* out = args.outs[blockIdx.z];
     const float* in = args.x + row * width;
     const Slice slice(args.padded_width);
     const float inverse_width = 1.0f / float(width);
@@ -141,7 +186,7 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
     for (int piece = 0; piece < 2; ++piece) {
         weights[piece] = oxl::load_four(args.norm_weight, first + piece * stride, width);
     }
-    Places places = load_places(permutation, slice.start + first, width);
+    Places places = load_places<Rows>(permutation, slice.start + first, width);
     oxl::dependency_trigger();
     oxl::dependency_wait();
 
@@ -190,7 +235,7 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
 
     const bool has_bias = args.norm_bias != nullptr;
     for (int at = slice.start + first; at < slice.end; at += stride) {
-        if (at != slice.start + first) places = load_places(permutation, at, width);
+        if (at != slice.start + first) places = load_places<Rows>(permutation, at, width);
         Four y;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -205,7 +250,65 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
             if (has_bias) value = __fadd_rn(value, args.norm_bias[place]);
             y.at[i] = value;
         }
-        store_places(out, at, width, y);
+        store_places<Rows>(out + Rows::offset(args, blockIdx.x, at), at, width, y);
+    }
+}
+
+// Without a norm: four places a thread.
+template <typename Rows>
+__device__ __forceinline__ void prepare(const PrepareArgs& args) {
+    const int64_t row = blockIdx.x;
+    const int first = 4 * (blockIdx.y * blockDim.x + threadIdx.x);
+    const uint32_t* permutation = args.permutations[blockIdx.z];
+    const Places places = load_places<Rows>(permutation, first, args.width);
+    oxl::dependency_trigger();
+    oxl::dependency_wait();
+    if (first >= args.padded_width) return;
+    Four y;
+    if (permutation == nullptr && Rows::IS_PLAIN) {
+        y = load_input(args, row, first);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) y.at[i] = load_element(args, row, places.at[i]);
+    }
+    __half* out = args.outs[blockIdx.z] + Rows::offset(args, blockIdx.x, first);
+    store_places<Rows>(out, first, args.width, y);
+}
+
+// Without a norm, the row as fp16 in shared memory.
+template <typename Rows>
+__device__ __forceinline__ void prepare_gather(const PrepareArgs& args) {
+    extern __shared__ float4 shared[];
+    __half* staged = reinterpret_cast<__half*>(shared);
+    const int64_t row = blockIdx.x;
+    const int width = args.width;
+    const uint32_t* permutation = args.permutations[blockIdx.z];
+    __half* out = args.outs[blockIdx.z];
+    const Slice slice(args.padded_width);
+    const int stride = 4 * blockDim.x;
+    const int first = 4 * threadIdx.x;
+    Places places = load_places<Rows>(permutation, slice.start + first, width);
+    oxl::dependency_trigger();
+    oxl::dependency_wait();
+    // Places past the width are zeros; shared memory ends there.
+#pragma unroll 3
+    for (int at = first; at < width; at += stride) {
+        store_places<PlainRows>(staged + at, at, width, load_input(args, row, at));
+    }
+    __syncthreads();
+#pragma unroll 2
+    for (int at = slice.start + first; at < slice.end; at += stride) {
+        if (at != slice.start + first) places = load_places<Rows>(permutation, at, width);
+        const Places own = Rows::places(at);
+        uint32_t taken[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            taken[i] = own.at[i] < width ? __half_as_ushort(staged[places.at[i]]) : 0;
+        }
+        uint2 packed;
+        packed.x = taken[0] | taken[1] << 16;
+        packed.y = taken[2] | taken[3] << 16;
+        *reinterpret_cast<uint2*>(out + Rows::offset(args, blockIdx.x, at)) = packed;
     }
 }
 
@@ -214,35 +317,35 @@ __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
 // Threads: `width / 8`, rounded up to whole warps, 1,024 at most. With a norm only.
 extern "C" __global__ void __launch_bounds__(oxl::MOST_ROW_THREADS)
     oxl_prepare_row(const __grid_constant__ PrepareArgs args) {
-    prepare_row<true>(args);
+    prepare_row<PlainRows, true>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(oxl::MOST_ROW_THREADS)
+    oxl_prepare_row_chunks(const __grid_constant__ PrepareArgs args) {
+    prepare_row<ChunkRows, true>(args);
 }
 
 // The same for rows that shared memory cannot hold.
 extern "C" __global__ void __launch_bounds__(oxl::MOST_ROW_THREADS)
     oxl_prepare_wide_row(const __grid_constant__ PrepareArgs args) {
-    prepare_row<false>(args);
+    prepare_row<PlainRows, false>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(oxl::MOST_ROW_THREADS)
+    oxl_prepare_wide_row_chunks(const __grid_constant__ PrepareArgs args) {
+    prepare_row<ChunkRows, false>(args);
 }
 
 // Without a norm, for few rows or rows in their own order: four places a thread, no barrier, and few registers, so
 // that there is room for other kernels' blocks beside. Grid (rows, blocks a row, outputs).
 extern "C" __global__ void __launch_bounds__(256)
     oxl_prepare(const __grid_constant__ PrepareArgs args) {
-    const int64_t row = blockIdx.x;
-    const int first = 4 * (blockIdx.y * blockDim.x + threadIdx.x);
-    const uint32_t* permutation = args.permutations[blockIdx.z];
-    __half* out = args.outs[blockIdx.z] + row * args.padded_width;
-    const Places places = load_places(permutation, first, args.width);
-    oxl::dependency_trigger();
-    oxl::dependency_wait();
-    if (first >= args.padded_width) return;
-    Four y;
-    if (permutation == nullptr) {
-        y = load_input(args, row, first);
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) y.at[i] = load_element(args, row, places.at[i]);
-    }
-    store_places(out, first, args.width, y);
+    prepare<PlainRows>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    oxl_prepare_chunks(const __grid_constant__ PrepareArgs args) {
+    prepare<ChunkRows>(args);
 }
 
 // Without a norm, for more rows in another order: the row as fp16 in shared memory, [width rounded up to 4], is
@@ -251,35 +354,10 @@ extern "C" __global__ void __launch_bounds__(256)
 // Grid (rows, slices, outputs): each block knows the whole row and writes one slice of one output.
 extern "C" __global__ void __launch_bounds__(768, 2)
     oxl_prepare_gather(const __grid_constant__ PrepareArgs args) {
-    extern __shared__ float4 shared[];
-    __half* staged = reinterpret_cast<__half*>(shared);
-    const int64_t row = blockIdx.x;
-    const int width = args.width;
-    const uint32_t* permutation = args.permutations[blockIdx.z];
-    __half* out = args.outs[blockIdx.z] + row * args.padded_width;
-    const Slice slice(args.padded_width);
-    const int stride = 4 * blockDim.x;
-    const int first = 4 * threadIdx.x;
-    Places places = load_places(permutation, slice.start + first, width);
-    oxl::dependency_trigger();
-    oxl::dependency_wait();
-    // Places past the width are zeros; shared memory ends there.
-#pragma unroll 3
-    for (int at = first; at < width; at += stride) {
-        store_places(staged, at, width, load_input(args, row, at));
-    }
-    __syncthreads();
-#pragma unroll 2
-    for (int at = slice.start + first; at < slice.end; at += stride) {
-        if (at != slice.start + first) places = load_places(permutation, at, width);
-        uint32_t taken[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            taken[i] = at + i < width ? __half_as_ushort(staged[places.at[i]]) : 0;
-        }
-        uint2 packed;
-        packed.x = taken[0] | taken[1] << 16;
-        packed.y = taken[2] | taken[3] << 16;
-        *reinterpret_cast<uint2*>(out + at) = packed;
-    }
+    prepare_gather<PlainRows>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(768, 2)
+    oxl_prepare_gather_chunks(const __grid_constant__ PrepareArgs args) {
+    prepare_gather<ChunkRows>(args);
 }

@@ -105,6 +105,22 @@ __device__ __forceinline__ int units_before(const TileMatrix& matrix, int block)
     return units;
 }
 
+// Bits of a block, and where the blocks of so many end.
+__device__ __forceinline__ int section_bits(const TileMatrix& matrix, int block, int& end) {
+    end = matrix.blocks;
+    if (matrix.encoding == ENCODING_FLOAT) return BITS_FLOAT;
+    constexpr int bits[SECTIONS] = {8, 6, 5, 4, 3, 2};
+    int found = bits[SECTIONS - 1];
+#pragma unroll
+    for (int i = SECTIONS - 2; i >= 0; --i) {
+        if (block < matrix.section_ends[i]) {
+            found = bits[i];
+            end = matrix.section_ends[i];
+        }
+    }
+    return found;
+}
+
 __device__ __forceinline__ BlockInfo block_info(const TileMatrix& matrix, int block) {
     const uint2 info = __ldg(matrix.block_table + block);
     return {info.x, info.y};
@@ -175,6 +191,19 @@ __device__ __forceinline__ uint32_t moved_fields(uint32_t word, int bits, int fr
     return word & in_halves((1u << bits) - 1, to);
 }
 
+// The same beside bits of another number: one operation after the shift, which the compiler makes two of where
+// it knows the number.
+__device__ __forceinline__ uint32_t moved_fields(uint32_t word, int bits, int from, int to,
+                                                 uint32_t beside) {
+    word = from < to ? word << (to - from) : word >> (from - to);
+    constexpr int AND_OR = 0xea;
+    uint32_t joined;
+    asm("lop3.b32 %0, %1, %2, %3, %4;"
+        : "=r"(joined)
+        : "r"(word), "r"(in_halves((1u << bits) - 1, to)), "r"(beside), "n"(AND_OR));
+    return joined;
+}
+
 __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
     uint32_t result;
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
@@ -190,8 +219,9 @@ __device__ __forceinline__ void add_zeros(const uint32_t (&zeros)[4], LaneWeight
     }
 }
 
-// The codes of a lane, `bits` of 2 to 6. `reader` reads words of the block by their byte in it.
-template <int BITS, typename Reader>
+// The codes of a lane, `bits` of 2 to 6. `reader` reads words of the block by their byte in it. With
+// MAGIC they are codes in 1024 + code 2^f, as `finish_weights` takes them.
+template <int BITS, bool MAGIC, typename Reader>
 __device__ __forceinline__ void take_planes(const Reader& reader, int lane, LaneWeights& weights) {
     constexpr int low_bits = BITS >= 4 ? 4 : 2;
     constexpr int high_bits = BITS - low_bits;
@@ -224,7 +254,8 @@ __device__ __forceinline__ void take_planes(const Reader& reader, int lane, Lane
             const int to = field_bit(BITS, i);
             const int at = 8 * (p % 2) + to;
             const int word = low_bits == 4 ? 2 * (i / 2) + step : step;
-            uint32_t pair = moved_fields(low[word], low_bits, at, to);
+            uint32_t pair = MAGIC ? moved_fields(low[word], low_bits, at, to, 0x64006400u)
+                                  : moved_fields(low[word], low_bits, at, to);
             if constexpr (high_bits == 2) {
                 pair |= moved_fields(high[i / 2], 2, at + 2 * step, to + low_bits);
             } else if constexpr (high_bits == 1) {
@@ -236,7 +267,7 @@ __device__ __forceinline__ void take_planes(const Reader& reader, int lane, Lane
 }
 
 // The codes of a lane with 8 bits.
-template <typename Reader>
+template <bool MAGIC, typename Reader>
 __device__ __forceinline__ void take_bytes(const Reader& reader, int lane, LaneWeights& weights) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -245,7 +276,8 @@ __device__ __forceinline__ void take_bytes(const Reader& reader, int lane, LaneW
 #pragma unroll
         for (int p = 0; p < 8; ++p) {
             weights.pairs[2 * half + p / 4][p % 4] =
-                __byte_perm(word[p / 2], 0, p % 2 == 0 ? 0x4140 : 0x4342);
+                MAGIC ? __byte_perm(word[p / 2], 0x64646464u, p % 2 == 0 ? 0x4140 : 0x4342)
+                      : __byte_perm(word[p / 2], 0, p % 2 == 0 ? 0x4140 : 0x4342);
         }
     }
 }
@@ -265,14 +297,56 @@ __device__ __forceinline__ void take_halves(const Reader& reader, int lane, Lane
 
 // The codes of a lane before their zero point and scale, for a block of `BITS` bits; with 16 the
 // weights themselves.
-template <int BITS, typename Reader>
+template <int BITS, bool MAGIC = false, typename Reader>
 __device__ __forceinline__ void take_weights(const Reader& reader, int lane, LaneWeights& weights) {
     if constexpr (BITS == BITS_FLOAT) {
         take_halves(reader, lane, weights);
     } else if constexpr (BITS == 8) {
-        take_bytes(reader, lane, weights);
+        take_bytes<MAGIC>(reader, lane, weights);
     } else {
-        take_planes<BITS>(reader, lane, weights);
+        take_planes<BITS, MAGIC>(reader, lane, weights);
+    }
+}
+
+// What makes weights of the codes of a lane's four outputs in one group, for both halves of a word.
+struct WeightScales {
+    uint32_t offsets[4];
+    uint32_t factors[4];
+};
+
+__device__ __forceinline__ WeightScales weight_scales(const TileMatrix& matrix, int bits,
+                                                      RawScales raw, BlockInfo info) {
+    float scales[4];
+    decode_scales(matrix, raw, info, scales);
+    const bool is_gptq = matrix.encoding == ENCODING_GPTQ;
+    WeightScales made;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const int at = field_bit(bits, i);
+        const uint32_t zero = is_gptq ? raw.zeros >> (8 * i) & 0xff : 1u << (bits - 1);
+        made.offsets[i] = (0xe400u - (uint32_t(at) << 10) + (zero << at)) * 0x10001u;
+        const __half2 factor = __float2half2_rn(scales[i]);
+        made.factors[i] = reinterpret_cast<const uint32_t&>(factor);
+    }
+    return made;
+}
+
+// Codes become weights: f16((code - zero) * scale), rounded once, as the formats define it. The matrix'
+// own `scale` is left to the product. 1024 + code 2^f, exactly, is brought down to code - zero in one operation.
+template <int BITS>
+__device__ __forceinline__ void finish_weights(const WeightScales& scales, LaneWeights& weights) {
+    if constexpr (BITS != BITS_FLOAT) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t down = ((15u - field_bit(BITS, i)) << 10) * 0x10001u;
+#pragma unroll
+            for (uint32_t& pair : weights.pairs[i]) {
+                asm("fma.rn.f16x2 %0, %1, %2, %3;"
+                    : "=r"(pair)
+                    : "r"(pair), "r"(down), "r"(scales.offsets[i]));
+                asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(scales.factors[i]));
+            }
+        }
     }
 }
 

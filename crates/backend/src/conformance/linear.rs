@@ -15,7 +15,19 @@ use crate::{Activation, Device, GatedLinear, LinearOutput, NormLinears, Store};
 const MOST_ROWS: usize = 33;
 
 /// Rows of a prompt: backends may have other ways for so many.
-const MANY_ROWS: usize = 200;
+const MANY_ROWS: [usize; 3] = [129, 200, 321];
+
+/// Rows of a prompt that are normed or gated.
+const PROMPT_ROWS: usize = 150;
+
+/// What a case's name says of more rows than usual.
+fn of_rows(rows: usize) -> String {
+    if rows > MOST_ROWS {
+        format!(", {rows} rows")
+    } else {
+        String::new()
+    }
+}
 
 /// All cases of this module.
 pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), ConformanceError> {
@@ -45,15 +57,16 @@ pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), Conformance
 
 /// Values alone: above some number of rows a backend may sum in another order.
 fn run_many_rows<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), ConformanceError> {
-    for (words, mut case) in many_rows() {
+    for (index, (words, mut case)) in many_rows().into_iter().enumerate() {
         for bias in [false, true] {
             case.bias = bias;
+            let rows = MANY_ROWS[(index + usize::from(bias)) % MANY_ROWS.len()];
             let bias = if bias { ", bias" } else { "" };
-            let name = format!("linear of {MANY_ROWS} rows, {words}{bias}");
+            let name = format!("linear of {rows} rows, {words}{bias}");
             let random = Random::for_case(&name);
             let tolerance = suite.tolerances.linear(&case.stored);
             suite.case(name, tolerance, |bench| {
-                values(bench, &case, MANY_ROWS, random.clone())
+                values(bench, &case, rows, random.clone())
             })?;
         }
     }
@@ -186,13 +199,15 @@ fn run_norm_linears<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), Conforman
         let tolerance = widest + tolerances.norm;
         let name = format!("norm and linears: {}", shared.words);
         let random = Random::for_case(&name);
-        suite.case(name.clone(), tolerance, |bench| {
-            let group = SharedLinears::draw(bench, &shared, random.clone())?;
-            let found = group.multiply(bench, 0, MOST_ROWS)?;
-            Ok(group.worst_error(&found))
-        })?;
+        for rows in [MOST_ROWS, PROMPT_ROWS] {
+            suite.case(format!("{name}{}", of_rows(rows)), tolerance, |bench| {
+                let group = SharedLinears::draw(bench, &shared, rows, random.clone())?;
+                let found = group.multiply(bench, 0, rows)?;
+                Ok(group.worst_error(&found))
+            })?;
+        }
         suite.case(format!("row independence: {name}"), 0.0, |bench| {
-            let group = SharedLinears::draw(bench, &shared, random.clone())?;
+            let group = SharedLinears::draw(bench, &shared, MOST_ROWS, random.clone())?;
             let all = group.multiply(bench, 0, MOST_ROWS)?;
             let mut differing = 0.0;
             for (first, rows) in [(0, 1), (7, 1), (32, 1), (3, 2), (5, 8), (16, 17), (0, 32)] {
@@ -213,7 +228,7 @@ struct SharedLinears<D: Device> {
     norm: Option<RandomNorm<D::Buffer>>,
     linears: Vec<RandomLinear>,
     weights: Vec<D::Linear>,
-    /// f32 `[MOST_ROWS, in_features]`
+    /// f32 `[rows, in_features]`
     x: Vec<f32>,
 }
 
@@ -221,6 +236,7 @@ impl<D: Device> SharedLinears<D> {
     fn draw(
         bench: &Bench<'_, D>,
         shared: &SharedInput,
+        rows: usize,
         mut random: Random,
     ) -> Result<Self, CaseError> {
         let in_features = shared.linears[0].in_features;
@@ -244,7 +260,7 @@ impl<D: Device> SharedLinears<D> {
             norm,
             linears,
             weights,
-            x: random.activations(MOST_ROWS * in_features),
+            x: random.activations(rows * in_features),
         })
     }
 
@@ -315,12 +331,14 @@ fn run_gated_linears<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), Conforma
             let random = Random::for_case(&name);
             let tolerances = &suite.tolerances;
             let tolerance = tolerances.linear(&case.stored) + tolerances.elementwise;
-            suite.case(name.clone(), tolerance, |bench| {
-                let gated = GatedCase::draw(bench, activation, &case, random.clone())?;
-                gated.worst_error(bench)
-            })?;
+            for rows in [MOST_ROWS, PROMPT_ROWS] {
+                suite.case(format!("{name}{}", of_rows(rows)), tolerance, |bench| {
+                    let gated = GatedCase::draw(bench, activation, &case, rows, random.clone())?;
+                    gated.worst_error(bench)
+                })?;
+            }
             suite.case(format!("row independence: {name}"), 0.0, |bench| {
-                let gated = GatedCase::draw(bench, activation, &case, random.clone())?;
+                let gated = GatedCase::draw(bench, activation, &case, MOST_ROWS, random.clone())?;
                 let store = Store::Add { scale: 1.0 };
                 let all = gated.multiply(bench, store, 0, MOST_ROWS)?;
                 let mut differing = 0.0;
@@ -341,8 +359,9 @@ struct GatedCase<L> {
     activation: Activation,
     /// Its `x` is the gate.
     down: Loaded<L>,
-    /// f32 `[MOST_ROWS, in_features]`
+    /// f32 `[rows, in_features]`
     up: Vec<f32>,
+    rows: usize,
 }
 
 impl<L> GatedCase<L> {
@@ -350,13 +369,15 @@ impl<L> GatedCase<L> {
         bench: &Bench<'_, D>,
         activation: Activation,
         case: &LinearCase,
+        rows: usize,
         mut random: Random,
     ) -> Result<Self, CaseError> {
-        let up = random.activations(MOST_ROWS * case.in_features);
+        let up = random.activations(rows * case.in_features);
         Ok(Self {
             activation,
-            down: draw(bench, case, MOST_ROWS, random)?,
+            down: draw(bench, case, rows, random)?,
             up,
+            rows,
         })
     }
 
@@ -395,7 +416,7 @@ impl<L> GatedCase<L> {
         let mut worst = 0.0_f64;
         for store in STORES {
             let expected = oracle::store(store, &self.down.old, &y);
-            let found = self.multiply(bench, store, 0, MOST_ROWS)?;
+            let found = self.multiply(bench, store, 0, self.rows)?;
             worst = worst.max(oracle::worst_error(&found, &expected, linear.out_features));
         }
         Ok(worst)

@@ -185,11 +185,29 @@ pub(super) fn many_rows() -> Vec<(&'static str, LinearCase)> {
         group_size: 64,
         act_order: true,
     };
+    // Sections that end within a pair of blocks, groups of one block, and a last block alone.
+    let uneven = [
+        (8, 32, 32),
+        (6, 64, 32),
+        (5, 96, 64),
+        (4, 160, 128),
+        (3, 32, 32),
+        (2, 96, 32),
+    ];
+    let uneven = uneven.map(|(bits, rows, group_size)| region(bits, rows, group_size));
     vec![
         ("EXL2", typical(288, 160, 31)),
+        (
+            "EXL2 of more tiles than one block has",
+            typical(320, 800, 32),
+        ),
+        ("EXL2 all six widths", exl2(uneven.to_vec(), 288, Some(33))),
+        ("EXL2 in order", exl2(vec![region(3, 224, 128)], 64, None)),
+        ("EXL2 one block", exl2(vec![region(5, 32, 32)], 32, None)),
         ("GPTQ", plain(gptq, 192, 72)),
         ("F16", plain(float(DType::F16), 96, 64)),
         ("F16 of odd extents", plain(float(DType::F16), 50, 37)),
+        ("BF16", plain(float(DType::BF16), 576, 290)),
     ]
 }
 

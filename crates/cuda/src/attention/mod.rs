@@ -25,7 +25,7 @@ use crate::error::CudaUnavailable;
 use crate::launch::Launch;
 use crate::linear::{Made, Reader};
 use crate::module::{Kernel, Modules};
-use crate::prepare::norm_number;
+use crate::prepare::{RowLayout, norm_number};
 use crate::step::{CudaWorkspace, StepInputs};
 use arguments::{AttendArgs, AttendExactArgs, AttendSplitArgs, CacheArgs, StepHeads};
 use launch::{
@@ -178,12 +178,13 @@ impl AttentionOps for CudaDevice {
             return self.attend_walk(&args, all, &extents, inputs, scratch);
         }
         // Every sequence has one row then: there are no long runs to walk through.
+        let layout = self.row_layout(extents.rows);
         let ordered = reader
             .filter(|reader| heads.is_fresh != 0 && Self::may_order(reader, &extents))
+            .filter(|_| layout == RowLayout::Plain)
             .and_then(|reader| {
-                let out = workspace
-                    .linear
-                    .activations(0, extents.rows, reader.width)?;
+                let scratch = &workspace.linear;
+                let out = scratch.activations(0, extents.rows, reader.width, layout)?;
                 Some((reader, out))
             });
         self.attend_split(&args, (heads, ordered), &extents, inputs, scratch)?;

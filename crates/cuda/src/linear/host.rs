@@ -65,6 +65,7 @@ impl CudaDevice {
             plan: Plan::of(layout.blocks, most_shared_bytes(self.info())),
             // Rows are taken from it; it is not multiplied.
             range_units: 0,
+            widest_bits: 0,
             layout,
             _memory: LinearMemory::Host((memory, reservation)),
         })

@@ -5,14 +5,16 @@ use oxllama_backend::{DeviceError, Store};
 
 use super::blaslt::Product;
 use super::layout::{TILE_OUTPUTS, TileMatrix};
+use super::many::ManyKernels;
 use super::plan::{Division, Kind, LaunchShape, Limits, ROWS_OF_TILE, most_shared_bytes};
-use super::scratch::{FEW_ROWS, LinearScratch};
+use super::scratch::{FEW_ROWS, LinearScratch, ManyRows};
 use super::{CudaLinear, MOST_MATRICES};
 use crate::context::GpuInfo;
 use crate::device::CudaDevice;
 use crate::error::CudaUnavailable;
 use crate::launch::Launch;
 use crate::module::{Kernel, Modules};
+use crate::prepare::RowLayout;
 
 /// Warps of a block of `oxl_dequantise`, and the blocks of weights that one takes.
 const DEQUANTISE_WARPS: usize = 8;
@@ -27,7 +29,7 @@ const MOST_GRID_ROWS: usize = 65_535;
 /// `LinearMatrix` of `linear.cuh`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
-struct LinearMatrix {
+pub(super) struct LinearMatrix {
     matrix: TileMatrix,
     x: CUdeviceptr,
     bias: CUdeviceptr,
@@ -89,6 +91,8 @@ pub(crate) struct LinearKernels {
     few: Kernel,
     /// Up to 8, 16, 24 and 32 rows.
     parts: [Kernel; 4],
+    /// More than [`FEW_ROWS`], where there are such kernels.
+    pub(super) many: Option<ManyKernels>,
     dequantise: Kernel,
     add_bias: Kernel,
     pub(super) repack_exl2: Kernel,
@@ -111,6 +115,7 @@ impl LinearKernels {
                 parts("oxl_linear_24")?,
                 parts("oxl_linear_32")?,
             ],
+            many: ManyKernels::find(modules, gpu)?,
             dequantise: modules.kernel("dequantise", "oxl_dequantise", 0)?,
             add_bias: modules.kernel("dequantise", "oxl_add_bias", 0)?,
             repack_exl2: repack("oxl_repack_exl2")?,
@@ -126,14 +131,30 @@ impl LinearKernels {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Operand<'a> {
     pub(crate) weights: &'a CudaLinear,
-    /// f16 `[rows, padded inputs]`, in the matrix' packed order.
+    /// f16 rows, in the matrix' packed order.
     pub(crate) x: CUdeviceptr,
     /// f32 `[rows, out_features]`
     pub(crate) out: CUdeviceptr,
 }
 
+impl LinearMatrix {
+    /// An operand whose first column tiles, or runs of them, are the launch's `first_item`.
+    pub(super) fn of(operand: &Operand<'_>, first_item: usize) -> Self {
+        let weights = operand.weights;
+        Self {
+            matrix: weights.matrix,
+            x: operand.x,
+            bias: weights.bias.unwrap_or(0),
+            out: operand.out,
+            out_features: weights.out_features as i32,
+            first_item: first_item as i32,
+            reserved: [0; 2],
+        }
+    }
+}
+
 /// `(1 if the output keeps its old contents, factor of the product)`
-fn store_numbers(store: Store) -> (i32, f32) {
+pub(super) fn store_numbers(store: Store) -> (i32, f32) {
     match store {
         Store::Overwrite => (0, 1.0),
         Store::Add { scale } => (1, scale),
@@ -152,26 +173,43 @@ fn matrices_of(
         let layout = &weights.layout;
         let x_bytes = first_row * layout.padded_inputs() * 2;
         let out_bytes = first_row * weights.out_features * 4;
-        *target = LinearMatrix {
-            matrix: weights.matrix,
+        let from_row = Operand {
             x: operand.x + x_bytes as u64,
-            bias: weights.bias.unwrap_or(0),
             out: operand.out + out_bytes as u64,
-            out_features: weights.out_features as i32,
-            first_item: tiles as i32,
-            reserved: [0; 2],
+            ..*operand
         };
+        *target = LinearMatrix::of(&from_row, tiles);
         tiles += layout.tiles;
     }
     (matrices, tiles)
 }
 
 impl CudaDevice {
+    /// How products take so many rows.
+    pub(crate) fn row_layout(&self, rows: usize) -> RowLayout {
+        if rows > FEW_ROWS && self.many_rows() == ManyRows::Stored {
+            RowLayout::Chunks
+        } else {
+            RowLayout::Plain
+        }
+    }
+
+    /// How products of more than [`FEW_ROWS`] rows are computed.
+    pub(crate) fn many_rows(&self) -> ManyRows {
+        if self.kernels().linear.many.is_some() {
+            ManyRows::Stored
+        } else if self.blaslt().is_some() {
+            ManyRows::Unpacked
+        } else {
+            ManyRows::Few
+        }
+    }
+
     /// `out ← store(W · x + bias)` for one to [`MOST_MATRICES`] matrices and `rows` rows each.
     ///
     /// # Safety
-    /// The operands' addresses point to what they say, for `rows` rows, and stay allocated until
-    /// the stream has passed this.
+    /// The operands' addresses point to what they say, for `rows` rows, which lie as
+    /// [`Self::row_layout`] says, and stay allocated until the stream has passed this.
     pub(super) unsafe fn multiply(
         &self,
         operands: &[Operand<'_>],
@@ -182,6 +220,10 @@ impl CudaDevice {
         if rows <= FEW_ROWS {
             // SAFETY: the caller's promise.
             return unsafe { self.multiply_few(operands, rows, store, scratch) };
+        }
+        if let Some(kernels) = &self.kernels().linear.many {
+            // SAFETY: the caller's promise; `row_layout` has so many rows in chunks.
+            return unsafe { self.multiply_many(kernels, operands, rows, store) };
         }
         for operand in operands {
             // SAFETY: the caller's promise.

@@ -562,6 +562,7 @@ impl CudaDevice {
             bias: header.bias.then(|| buffer.at(layout.bias)),
             plan,
             range_units: ranges.range_units,
+            widest_bits: groups.iter().map(|group| group.bits).max().unwrap_or(0),
             layout,
             _memory: LinearMemory::Device(buffer),
         })

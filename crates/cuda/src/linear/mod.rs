@@ -6,6 +6,7 @@ mod host;
 mod launch;
 mod layout;
 mod load;
+mod many;
 mod order;
 mod plan;
 mod ranges;
@@ -19,7 +20,7 @@ use oxllama_memory::{Bytes, Reservation};
 use crate::buffer::CudaBuffer;
 use crate::device::CudaDevice;
 use crate::elementwise::EmbedTable;
-use crate::prepare::{MOST_PREPARED, Prepare, PreparedRows};
+use crate::prepare::{MOST_PREPARED, Prepare, PreparedRows, RowLayout};
 use crate::step::CudaWorkspace;
 use crate::stream::PinnedBuffer;
 pub(crate) use blaslt::{BlasLt, Product};
@@ -28,6 +29,7 @@ pub(crate) use launch::LinearKernels;
 use launch::Operand;
 use layout::{Layout, TileMatrix};
 pub(crate) use load::LoaderPool;
+pub(crate) use many::ROWS_OF_CHUNK;
 use order::Order;
 use plan::Plan;
 use scratch::FEW_ROWS;
@@ -45,6 +47,8 @@ pub struct CudaLinear {
     plan: Plan,
     /// Units of the range that has most of them.
     range_units: usize,
+    /// Bits of the widest weights.
+    widest_bits: u32,
     matrix: TileMatrix,
     order: Order,
     /// f32 `[out_features]`
@@ -146,13 +150,14 @@ impl CudaDevice {
         scratch: &LinearScratch,
     ) -> Result<(), DeviceError> {
         let first = group[0].weights;
-        rows.padded_width = first.layout.padded_inputs();
+        rows.layout = self.row_layout(rows.rows);
+        rows.padded_width = rows.layout.padded_width(first.in_features);
         let mut prepared = [PreparedRows {
             permutation: None,
             out: 0,
         }; MOST_PREPARED];
         for (slot, prepared) in prepared[..orders.count].iter_mut().enumerate() {
-            let out = scratch.activations(slot, rows.rows, rows.padded_width);
+            let out = scratch.activations(slot, rows.rows, rows.padded_width, rows.layout);
             prepared.permutation = orders.distinct[slot].permutation;
             prepared.out = out.ok_or_else(|| self.too_many_rows(rows.rows, scratch))?;
         }
@@ -193,6 +198,7 @@ fn plain_rows(x: &CudaBuffer, rows: usize, width: usize) -> Prepare<'_> {
         rows,
         width,
         padded_width: 0,
+        layout: RowLayout::Plain,
     }
 }
 

@@ -5,13 +5,24 @@ use oxllama_backend::WorkspaceShape;
 
 use super::layout::{BLOCK_INPUTS, TILE_OUTPUTS};
 use super::plan::{most_partials, partial_bytes};
-use crate::prepare::MOST_PREPARED;
+use crate::prepare::{MOST_PREPARED, RowLayout};
 use crate::step::aligned;
 
-/// Rows up to which weights are multiplied as they are stored, 32 at a time: four readings of 4-bit
+/// Rows up to which the kernels of few rows multiply, 32 at a time: four readings of 4-bit
 /// weights (later ones mostly from the second-level cache) are fewer bytes than unpacking them to
-/// fp16 and reading those. To be measured.
+/// fp16 and reading those.
 pub(crate) const FEW_ROWS: usize = 128;
+
+/// How products of more than [`FEW_ROWS`] rows are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ManyRows {
+    /// With weights as they are stored (`linear_many.cu`).
+    Stored,
+    /// With weights unpacked to fp16, by the library.
+    Unpacked,
+    /// As few rows are, some at a time.
+    Few,
+}
 
 /// Most bytes of weights that are unpacked at a time.
 const MOST_UNPACKED_BYTES: usize = 64 << 20;
@@ -35,14 +46,22 @@ struct Parts {
 }
 
 impl Parts {
-    fn of(shape: &WorkspaceShape, has_library: bool) -> Self {
+    fn of(shape: &WorkspaceShape, many_rows: ManyRows) -> Self {
         let inputs = shape.max_in_features.next_multiple_of(BLOCK_INPUTS);
         let outputs = shape.max_out_features.next_multiple_of(TILE_OUTPUTS);
         // Several orders of inputs at a time up to FEW_ROWS, one above.
         let rows = shape.rows.max(MOST_PREPARED * shape.rows.min(FEW_ROWS));
-        let activation_bytes = aligned(rows * inputs * HALF) + MOST_PREPARED * aligned(1);
+        let has_many = shape.rows > FEW_ROWS;
+        let chunk_elements = if has_many && many_rows == ManyRows::Stored {
+            let layout = RowLayout::Chunks;
+            layout.places(shape.rows, layout.padded_width(inputs))
+        } else {
+            0
+        };
+        let elements = chunk_elements.max(rows * inputs);
+        let activation_bytes = aligned(elements * HALF) + MOST_PREPARED * aligned(1);
         let partials = most_partials(shape.max_out_features);
-        let uses_library = has_library && shape.rows > FEW_ROWS;
+        let uses_library = has_many && many_rows == ManyRows::Unpacked;
         let tile_bytes = TILE_OUTPUTS * inputs * HALF;
         let unpacked_bytes = match uses_library {
             true => MOST_UNPACKED_BYTES.clamp(tile_bytes, tile_bytes.max(outputs * inputs * HALF)),
@@ -80,15 +99,15 @@ pub(crate) struct LinearScratch {
 
 impl LinearScratch {
     /// Bytes that products of steps up to `shape` need.
-    pub(crate) fn bytes(shape: &WorkspaceShape, has_library: bool) -> usize {
-        Parts::of(shape, has_library).end
+    pub(crate) fn bytes(shape: &WorkspaceShape, many_rows: ManyRows) -> usize {
+        Parts::of(shape, many_rows).end
     }
 
     /// The same bytes, from `address` on.
-    pub(crate) fn new(shape: &WorkspaceShape, has_library: bool, address: CUdeviceptr) -> Self {
+    pub(crate) fn new(shape: &WorkspaceShape, many_rows: ManyRows, address: CUdeviceptr) -> Self {
         Self {
             address,
-            parts: Parts::of(shape, has_library),
+            parts: Parts::of(shape, many_rows),
             rows: shape.rows,
             partials: most_partials(shape.max_out_features),
         }
@@ -98,15 +117,16 @@ impl LinearScratch {
         self.address + offset as u64
     }
 
-    /// Where fp16 rows `[rows, padded_inputs]` of one order of inputs go; `slot` is 0 for more
-    /// than [`FEW_ROWS`]. `None` if there is no room.
+    /// Where fp16 rows of one order of inputs go; `slot` is 0 for more than [`FEW_ROWS`]. `None` if
+    /// there is no room.
     pub(crate) fn activations(
         &self,
         slot: usize,
         rows: usize,
-        padded_inputs: usize,
+        padded_width: usize,
+        layout: RowLayout,
     ) -> Option<CUdeviceptr> {
-        let bytes = aligned(rows * padded_inputs * HALF);
+        let bytes = aligned(layout.places(rows, padded_width) * HALF);
         let start = slot * bytes;
         (start + bytes <= self.parts.activation_bytes)
             .then(|| self.at(self.parts.activations + start))
@@ -165,36 +185,51 @@ mod tests {
             (2048, 11008),
         ] {
             let shape = shape(rows, inputs, 64);
-            let scratch = LinearScratch::new(&shape, true, 0);
-            let padded = inputs.next_multiple_of(32);
-            for rows in [1, 2, 8, 33, FEW_ROWS, rows] {
-                if rows <= shape.rows {
-                    let slots = if rows > FEW_ROWS { 1 } else { MOST_PREPARED };
-                    for slot in 0..slots {
-                        let found = scratch.activations(slot, rows, padded);
-                        let end = found.map(|start| start as usize + rows * padded * HALF);
-                        assert!(end.is_some_and(|end| end <= scratch.parts.partials));
+            for many_rows in [ManyRows::Stored, ManyRows::Unpacked, ManyRows::Few] {
+                let scratch = LinearScratch::new(&shape, many_rows, 0);
+                for rows in [1, 2, 8, 33, FEW_ROWS, rows] {
+                    if rows <= shape.rows {
+                        let is_many = rows > FEW_ROWS;
+                        let layout = match many_rows {
+                            ManyRows::Stored if is_many => RowLayout::Chunks,
+                            _ => RowLayout::Plain,
+                        };
+                        let padded = layout.padded_width(inputs);
+                        let slots = if is_many { 1 } else { MOST_PREPARED };
+                        for slot in 0..slots {
+                            let found = scratch.activations(slot, rows, padded, layout);
+                            let bytes = layout.places(rows, padded) * HALF;
+                            let end = found.map(|start| start as usize + bytes);
+                            assert!(end.is_some_and(|end| end <= scratch.parts.partials));
+                        }
                     }
                 }
+                let padded = RowLayout::Plain.padded_width(inputs);
+                let found = scratch.activations(0, rows + 600, padded, RowLayout::Plain);
+                assert_eq!(found, None);
+                assert_eq!(LinearScratch::bytes(&shape, many_rows), scratch.parts.end);
             }
-            assert_eq!(scratch.activations(0, rows + 600, padded), None);
-            assert_eq!(LinearScratch::bytes(&shape, true), scratch.parts.end);
         }
     }
 
     #[test]
     fn unpacked_weights_are_at_least_a_tile_and_at_most_the_widest_matrix() {
         let tiles = |inputs, outputs| {
-            let scratch = LinearScratch::new(&shape(FEW_ROWS + 1, inputs, outputs), true, 0);
+            let shape = shape(FEW_ROWS + 1, inputs, outputs);
+            let scratch = LinearScratch::new(&shape, ManyRows::Unpacked, 0);
             let padded = inputs.next_multiple_of(32);
             (scratch.unpacked(padded).1, scratch.parts.unpacked_bytes)
         };
         assert_eq!(tiles(4096, 128_256), (256, MOST_UNPACKED_BYTES));
         assert_eq!(tiles(64, 96), (3, 96 * 64 * 2));
         assert_eq!(tiles(1 << 21, 64).0, 1);
-        let few = LinearScratch::new(&shape(FEW_ROWS, 4096, 4096), true, 0);
-        assert_eq!(few.parts.unpacked_bytes, 0);
-        let without = LinearScratch::new(&shape(2048, 4096, 4096), false, 0);
-        assert_eq!(without.parts.unpacked_bytes, 0);
+        for (rows, many_rows) in [
+            (FEW_ROWS, ManyRows::Unpacked),
+            (2048, ManyRows::Stored),
+            (2048, ManyRows::Few),
+        ] {
+            let scratch = LinearScratch::new(&shape(rows, 4096, 4096), many_rows, 0);
+            assert_eq!(scratch.parts.unpacked_bytes, 0);
+        }
     }
 }

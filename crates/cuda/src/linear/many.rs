@@ -1,0 +1,214 @@
+//! Products of many rows with weights as they are stored, where a GPU has the kernels for it.
+
+use oxllama_backend::{DeviceError, Store};
+
+use super::MOST_MATRICES;
+use super::launch::{LinearMatrix, Operand, store_numbers};
+use super::layout::UNIT_BYTES;
+use crate::context::GpuInfo;
+use crate::device::CudaDevice;
+use crate::error::CudaUnavailable;
+use crate::launch::Launch;
+use crate::module::{Kernel, Modules};
+
+/// Threads of a block of threads (CTA); `MANY_THREADS` in `linear_many.cu`.
+const THREADS: usize = 384;
+
+/// Column tiles of an item; `CONSUMERS` in `linear_many.cu`.
+const ITEM_TILES: usize = 8;
+
+/// Blocks of a chunk; `CHUNK_BLOCKS` in `linear_many.cu`.
+const CHUNK_BLOCKS: usize = 2;
+
+/// Bytes of a row of a chunk; `CHUNK_ROW_BYTES` in `linear_many.cu`.
+const CHUNK_ROW_BYTES: usize = 128;
+
+/// Bytes of the scales of a chunk; `CHUNK_SCALE_BYTES` in `linear_many.cu`.
+const CHUNK_SCALE_BYTES: usize = ITEM_TILES * CHUNK_BLOCKS * 256;
+
+/// Stages of the ring, at most; `MOST_STAGES` in `linear_many.cu`.
+const MOST_STAGES: usize = 16;
+
+/// Shared memory of a CTA that is not dynamic.
+const STATIC_SHARED_BYTES: usize = 19 * 1024;
+
+/// The ring begins at a multiple of this.
+const ALIGNMENT: usize = 1024;
+
+/// Rows of an item of each kernel.
+const ITEM_ROWS: [usize; 2] = [64, 128];
+
+/// What an item costs by each kernel, in the same unit: half the products take three quarters of the time, since weights
+/// are taken apart all the same.
+const ITEM_COSTS: [usize; 2] = [3, 4];
+
+/// Rows of a chunk in memory are a multiple of this, so that every kernel's items are there as a whole.
+pub(crate) const ROWS_OF_CHUNK: usize = 128;
+
+/// `LinearManyArgs` of `linear_many.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct LinearManyArgs {
+    matrix_count: i32,
+    rows: i32,
+    row_stride: i32,
+    blocks: i32,
+    items: i32,
+    accumulate: i32,
+    store_scale: f32,
+    stages: i32,
+    block_bytes: i32,
+    reserved: i32,
+    matrices: [LinearMatrix; MOST_MATRICES],
+}
+
+/// The entries of `linear_many.cu`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ManyKernels {
+    /// By [`ITEM_ROWS`].
+    kernels: [Kernel; 2],
+    /// Dynamic shared memory that a CTA may have.
+    shared_bytes: usize,
+}
+
+impl ManyKernels {
+    /// `None` where the GPU has no such kernels: they are made for compute capability 9.0 alone.
+    pub(crate) fn find(modules: &Modules, gpu: &GpuInfo) -> Result<Option<Self>, CudaUnavailable> {
+        let whole = gpu.shared_per_block.get() as usize;
+        let Some(shared_bytes) = whole.checked_sub(STATIC_SHARED_BYTES) else {
+            return Ok(None);
+        };
+        let find = |name| modules.kernel_if_any("linear_many", name, shared_bytes);
+        let kernels = find("oxl_linear_many_64")?.zip(find("oxl_linear_many_128")?);
+        Ok(kernels.map(|(half, whole)| Self {
+            kernels: [half, whole],
+            shared_bytes,
+        }))
+    }
+}
+
+/// How a product is launched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Division {
+    /// Of [`ITEM_ROWS`].
+    kernel: usize,
+    /// Items by tiles of rows.
+    items: usize,
+    stages: usize,
+    shared_bytes: usize,
+}
+
+impl Division {
+    /// The division of `rows` rows by `items` items of outputs, whose widest weights have `bits` bits.
+    fn of(
+        rows: usize,
+        items: usize,
+        bits: usize,
+        multiprocessors: usize,
+        shared_bytes: usize,
+    ) -> Self {
+        let count = |kernel: usize| items * rows.div_ceil(ITEM_ROWS[kernel]);
+        let cost = |kernel: usize| count(kernel).div_ceil(multiprocessors) * ITEM_COSTS[kernel];
+        // Of those that cost the same, the one that takes weights apart less often.
+        let kernel = if cost(0) < cost(1) { 0 } else { 1 };
+        let stage_bytes = ITEM_ROWS[kernel] * CHUNK_ROW_BYTES
+            + CHUNK_SCALE_BYTES
+            + ITEM_TILES * CHUNK_BLOCKS * bits * UNIT_BYTES;
+        let stages = (shared_bytes - ALIGNMENT) / stage_bytes;
+        let stages = stages.min(MOST_STAGES);
+        Self {
+            kernel,
+            items: count(kernel),
+            stages,
+            shared_bytes: ALIGNMENT + stages * stage_bytes,
+        }
+    }
+}
+
+impl CudaDevice {
+    /// `out ← store(W · x + bias)` for matrices that share rows `x`, which lie in chunks
+    /// (`RowLayout::Chunks`).
+    ///
+    /// # Safety
+    /// The operands' addresses point to what they say, `x` to rows in chunks, and stay allocated until the
+    /// stream has passed this.
+    pub(super) unsafe fn multiply_many(
+        &self,
+        kernels: &ManyKernels,
+        operands: &[Operand<'_>],
+        rows: usize,
+        store: Store,
+    ) -> Result<(), DeviceError> {
+        let (accumulate, store_scale) = store_numbers(store);
+        let mut matrices = [LinearMatrix::default(); MOST_MATRICES];
+        let mut items = 0;
+        for (target, operand) in matrices.iter_mut().zip(operands) {
+            *target = LinearMatrix::of(operand, items);
+            items += operand.weights.layout.tiles.div_ceil(ITEM_TILES);
+        }
+        let bits = operands.iter().map(|operand| operand.weights.widest_bits);
+        let bits = bits.max().unwrap_or(0) as usize;
+        let multiprocessors = self.info().multiprocessors;
+        let division = Division::of(rows, items, bits, multiprocessors, kernels.shared_bytes);
+        let args = LinearManyArgs {
+            matrix_count: operands.len() as i32,
+            rows: rows as i32,
+            row_stride: rows.next_multiple_of(ROWS_OF_CHUNK) as i32,
+            blocks: operands[0].weights.layout.blocks as i32,
+            items: items as i32,
+            accumulate,
+            store_scale,
+            stages: division.stages as i32,
+            block_bytes: (bits * UNIT_BYTES) as i32,
+            reserved: 0,
+            matrices,
+        };
+        let launch = Launch {
+            shared_bytes: division.shared_bytes,
+            ..Launch::linear(multiprocessors.min(division.items), THREADS)
+        };
+        // SAFETY: the structure is the kernel's; the rest is the caller's promise.
+        unsafe { self.launch(kernels.kernels[division.kernel], launch, &args) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Dynamic shared memory on an H100.
+    const SHARED_BYTES: usize = 227 * 1024 - STATIC_SHARED_BYTES;
+
+    #[test]
+    fn every_width_leaves_room_for_stages() {
+        for bits in [2, 3, 4, 5, 6, 8, 16] {
+            for rows in [129, 512, 2048] {
+                for items in [1, 16, 172] {
+                    let division = Division::of(rows, items, bits, 132, SHARED_BYTES);
+                    assert!((3..=MOST_STAGES).contains(&division.stages), "{division:?}");
+                    assert!(division.shared_bytes <= SHARED_BYTES, "{division:?}");
+                    let row_tiles = rows.div_ceil(ITEM_ROWS[division.kernel]);
+                    assert_eq!(division.items, items * row_tiles);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn fewer_rows_an_item_where_multiprocessors_would_have_none() {
+        let kernel = |rows, items| Division::of(rows, items, 4, 132, SHARED_BYTES).kernel;
+        // llama2-7b: o, q k v, gate and up.
+        assert_eq!(kernel(512, 16), 0);
+        assert_eq!(kernel(512, 48), 1);
+        assert_eq!(kernel(2048, 16), 1);
+        assert_eq!(kernel(2048, 86), 1);
+    }
+
+    #[test]
+    fn the_structure_has_the_kernels_size() {
+        assert_eq!(
+            size_of::<LinearManyArgs>(),
+            10 * 4 + MOST_MATRICES * size_of::<LinearMatrix>()
+        );
+    }
+}

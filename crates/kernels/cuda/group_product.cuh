@@ -1,0 +1,92 @@
+// Products of a warp group (four warps) on tensor cores, which go on by themselves while the warps do
+// something else: wgmma of compute capability 9.0, weights as A from registers, activations as B from
+// shared memory, sums in fp32.
+#pragma once
+
+#include "common.cuh"
+
+namespace oxl {
+
+// Registers that wgmma uses are written: products that follow may read them.
+__device__ __forceinline__ void group_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Makes one group of the products since the last.
+__device__ __forceinline__ void group_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most so many groups go on.
+template <int GROUPS>
+__device__ __forceinline__ void group_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+}
+
+// Describes B in shared memory: rows (columns of B) of 128 bytes, 64 halves of k, eight rows after each other, whose 16-byte
+// pieces lie at piece ^ row % 8. `place` is that of the first of 16 k, in rows that begin at a multiple of 1,024 bytes.
+__device__ __forceinline__ uint64_t describe_rows(uint32_t place) {
+    constexpr uint64_t SWIZZLED_128 = uint64_t(1) << 62;
+    constexpr uint64_t EIGHT_ROWS = uint64_t(1024 / 16) << 32;
+    constexpr uint64_t UNUSED = uint64_t(1) << 16;
+    return SWIZZLED_128 | EIGHT_ROWS | UNUSED | (place & 0x3ffff) / 16;
+}
+
+// What brings such a description to 16 inputs that come so many steps later in the rows.
+__device__ __forceinline__ constexpr uint64_t next_inputs(int steps) { return steps * 32 / 16; }
+
+// sums (+)= A B of 64 x 16 and 16 x ROWS. A's fragments are those of mma.m16n8k16, warp w having rows 16 w
+// on; sums are those of ROWS / 8 of its results.
+template <int ROWS>
+struct GroupProduct;
+
+#define OXL_SUMS_4(s, i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
+#define OXL_SUMS_16(s, i) \
+    OXL_SUMS_4(s, i), OXL_SUMS_4(s, i + 4), OXL_SUMS_4(s, i + 8), OXL_SUMS_4(s, i + 12)
+
+template <>
+struct GroupProduct<64> {
+    static __device__ __forceinline__ void start(float (&sums)[32], uint32_t a0, uint32_t a1,
+                                                 uint32_t a2, uint32_t a3, uint64_t b, bool adds) {
+        asm volatile(
+            "{\n"
+            ".reg .pred adds;\n"
+            "setp.ne.b32 adds, %37, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+            "{%32, %33, %34, %35}, %36, adds, 1, 1, 0;\n"
+            "}"
+            : OXL_SUMS_16(sums, 0),
+              OXL_SUMS_16(sums, 16)
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(int(adds)));
+    }
+};
+
+template <>
+struct GroupProduct<128> {
+    static __device__ __forceinline__ void start(float (&sums)[64], uint32_t a0, uint32_t a1,
+                                                 uint32_t a2, uint32_t a3, uint64_t b, bool adds) {
+        asm volatile(
+            "{\n"
+            ".reg .pred adds;\n"
+            "setp.ne.b32 adds, %69, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+            "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+            "{%64, %65, %66, %67}, %68, adds, 1, 1, 0;\n"
+            "}"
+            : OXL_SUMS_16(sums, 0),
+              OXL_SUMS_16(sums, 16),
+              OXL_SUMS_16(sums, 32),
+              OXL_SUMS_16(sums, 48)
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(int(adds)));
+    }
+};
+
+#undef OXL_SUMS_16
+#undef OXL_SUMS_4
+
+}  // namespace oxl
