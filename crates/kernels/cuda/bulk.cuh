@@ -34,6 +34,27 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes)
                  : "memory");
 }
 
+// Arrives at the same barrier of a CTA of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+// Waits for all threads of the cluster. Barriers that were made known are visible then, not whatever else
+// they have written.
+__device__ __forceinline__ void cluster_meet() {
+    asm volatile(
+        "barrier.cluster.arrive.relaxed.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+}
+
 // Waits for the end of the phase of this parity: 0 for the first one.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
@@ -54,6 +75,17 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void* from, uint32_
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
             to),
         "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// The same to both CTAs of a cluster of two: to the same place of each, reported at the same barrier of each.
+__device__ __forceinline__ void bulk_copy_to_both(uint32_t to, const void* from, uint32_t bytes,
+                                                  uint32_t barrier) {
+    constexpr uint16_t BOTH = 3;
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier), "h"(BOTH)
         : "memory");
 }
 

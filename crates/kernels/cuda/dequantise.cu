@@ -55,15 +55,30 @@ __device__ __forceinline__ void unpack_blocks(Span& span, int block) {
     for (int i = 0; i < COUNT; ++i) {
         infos[i] = block_info(matrix, block + i);
         const MemoryReader reader = {span.next + i * BITS * BLOCK_UNIT_BYTES};
-        take_weights<BITS, true>(reader, span.lane, weights[i]);
+        take_weights<BITS>(reader, span.lane, weights[i]);
     }
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
         raw[i] = load_scales(matrix, span.tile, infos[i].group(), span.lane / 4);
     }
+    const bool is_gptq = matrix.encoding == ENCODING_GPTQ;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-        finish_weights<BITS>(weight_scales(matrix, BITS, raw[i], infos[i]), weights[i]);
+        float scales[4];
+        decode_scales(matrix, raw[i], infos[i], scales);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const __half2 scale = __float2half2_rn(scales[j]);
+            const auto factor = reinterpret_cast<const uint32_t&>(scale);
+            const uint32_t zero = is_gptq ? raw[i].zeros >> (8 * j) & 0xff : 1u << (BITS - 1);
+            const int at = field_bit(BITS, j);
+#pragma unroll
+            for (uint32_t& pair : weights[i].pairs[j]) {
+                if (BITS != BITS_FLOAT) {
+                    pair = finished(pair | MAGIC, at, magic_offset(at, zero), factor);
+                }
+            }
+        }
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

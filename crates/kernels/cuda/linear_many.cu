@@ -2,13 +2,13 @@
 // cores, so that they are read as they are stored and never written as fp16.
 //
 // Floor: 2 rows K N operations; the library's products of fp16 give 650 to 780 TFLOP/s on an H100, whose power is
-// the limit. Beside a block's products (4 x 128 rows: 512 cycles of a multiprocessor's tensor cores for both warp
-// groups) a warp issues about 90 instructions for taking it apart, and there are two warps a scheduler.
+// the limit. What a warp takes apart serves all rows of its block of threads, the more the better.
 //
-// A block of threads (CTA) goes through *items*, each of which is 256 outputs (eight column tiles, one a warp) and
-// ROWS rows. One warp fetches what is multiplied, 64 inputs at a time (a *chunk*: two blocks of weights), into a ring in shared
-// memory; two groups of four warps take weights apart and multiply them. While one block's products go on, the next block is
-// taken apart, and where that takes long the other group's go on. Neighbouring CTAs have other rows and the same weights.
+// A cluster of two blocks of threads (CTAs) goes through *items*, each of which is 256 outputs (eight column tiles, four a
+// CTA, half of one a warp) and ROWS rows. One warp of each CTA fetches what is multiplied, 64 inputs at a time (a *chunk*: two
+// blocks of weights), into a ring in shared memory: weights for its own CTA, half of the rows for both. One warp prepares
+// scales. Two groups of four warps take weights apart and multiply them: while a chunk's products go on, the next
+// chunk is taken apart. Neighbouring clusters have other rows and the same weights.
 //
 // A weight is f16((code - zero) * scale) here, as `oxl_dequantise` makes it, and a sum goes through K in order.
 //
@@ -20,13 +20,14 @@
 #include "bulk.cuh"
 #include "chunks.cuh"
 #include "group_product.cuh"
+#include "halves.cuh"
 
 struct LinearManyArgs {
     int32_t matrix_count;
     int32_t rows;
-    int32_t row_stride;  // rows of a chunk in memory, a multiple of 128
+    int32_t row_stride;  // rows of a chunk in memory, a multiple of 256
     int32_t blocks;      // of K
-    int32_t items;       // of all matrices, rows apart: `first_item` of a matrix counts these
+    int32_t items;       // of all matrices and the same rows: `first_item` of a matrix counts these
     int32_t accumulate;  // 0: out = y; 1: out += store_scale * y
     float store_scale;
     int32_t stages;       // of the ring
@@ -39,24 +40,23 @@ struct LinearManyArgs {
 
 namespace oxl {
 
+constexpr int CLUSTER = 2;
 constexpr int CONSUMERS = 8;
 constexpr int GROUP_THREADS = 128;
 constexpr int MANY_THREADS = GROUP_THREADS + CONSUMERS * WARP_LANES;
+constexpr int CTA_TILES = CONSUMERS / 2;
+constexpr int ITEM_TILES = CLUSTER * CTA_TILES;
 constexpr int CHUNK_BLOCKS = 2;
 constexpr int CHUNK_ROW_BYTES = 128;
-
-// Room of a warp for sums of eight rows on their way out: no two lanes of a store meet in a bank.
-constexpr int OUT_STRIDE = TILE_OUTPUTS + 4;
-constexpr int OUT_FLOATS = 8 * OUT_STRIDE;
-
 constexpr int MOST_STAGES = 16;
 
-// Warps that prepare scales: a thread for each g of each tile.
-constexpr int SCALERS = CONSUMERS * 8 / WARP_LANES;
+// Room of a warp for sums of eight rows on their way out: no two lanes of a store meet in a bank.
+constexpr int OUT_STRIDE = HALF_OUTPUTS + 4;
+constexpr int OUT_FLOATS = 8 * OUT_STRIDE;
 
-// Of a tile and block: what makes weights of its codes, 32 bytes for each g.
-constexpr int SCALE_BYTES = 8 * sizeof(WeightScales);
-constexpr int CHUNK_SCALE_BYTES = CONSUMERS * CHUNK_BLOCKS * SCALE_BYTES;
+// Of a tile and block: what makes weights of its codes.
+constexpr int SCALE_BYTES = 8 * 2 * sizeof(HalfScales);
+constexpr int CHUNK_SCALE_BYTES = CTA_TILES * CHUNK_BLOCKS * SCALE_BYTES;
 
 // What one stage of the ring holds: rows of a chunk, then scales of its blocks, then weights, one tile after the other.
 template <int ROWS>
@@ -75,7 +75,7 @@ struct Ring {
         return barriers + (MOST_STAGES + stage) * BARRIER_BYTES;
     }
     __device__ __forceinline__ uint32_t x() const {
-        return place + stage * (x_bytes + CHUNK_SCALE_BYTES + CONSUMERS * tile_bytes);
+        return place + stage * (x_bytes + CHUNK_SCALE_BYTES + CTA_TILES * tile_bytes);
     }
     __device__ __forceinline__ uint32_t scales(int tile) const {
         return x() + x_bytes + tile * CHUNK_BLOCKS * SCALE_BYTES;
@@ -93,42 +93,54 @@ struct Ring {
     }
 };
 
-// One item of a CTA.
+// The items of a cluster, and the CTA's share of the one it is at.
 template <int ROWS>
-struct Item {
-    const LinearMatrix& target;
-    int first_tile;
-    int first_row;
+struct Items {
+    const LinearManyArgs& args;
+    int row_tiles;
+    int rank;
+    int index;
 
-    static __device__ __forceinline__ int matrix_of(const LinearManyArgs& args, int item) {
-        int index = 0;
+    __device__ __forceinline__ explicit Items(const LinearManyArgs& args)
+        : args(args),
+          row_tiles((args.rows + ROWS - 1) / ROWS),
+          rank(blockIdx.x % CLUSTER),
+          index(blockIdx.x / CLUSTER) {}
+
+    __device__ __forceinline__ bool has_item() const { return index < args.items * row_tiles; }
+    __device__ __forceinline__ void advance() { index += gridDim.x / CLUSTER; }
+
+    __device__ __forceinline__ const LinearMatrix& target() const {
+        int matrix = 0;
 #pragma unroll 1
-        while (index + 1 < args.matrix_count && item >= args.matrices[index + 1].first_item) {
-            ++index;
+        while (matrix + 1 < args.matrix_count &&
+               index / row_tiles >= args.matrices[matrix + 1].first_item) {
+            ++matrix;
         }
-        return index;
+        return args.matrices[matrix];
     }
-
-    __device__ __forceinline__ Item(const LinearManyArgs& args, int index, int row_tiles)
-        : target(args.matrices[matrix_of(args, index / row_tiles)]),
-          first_tile((index / row_tiles - target.first_item) * CONSUMERS),
-          first_row(index % row_tiles * ROWS) {}
+    // The CTA's first tile of the matrix; there may be fewer than it could have, or none.
+    __device__ __forceinline__ int first_tile(const LinearMatrix& target) const {
+        return (index / row_tiles - target.first_item) * ITEM_TILES + rank * CTA_TILES;
+    }
+    __device__ __forceinline__ int first_row() const { return index % row_tiles * ROWS; }
 };
 
 // Fetches rows and weights of all chunks of the CTA's items. One warp.
 template <int ROWS>
 __device__ __forceinline__ void fetch(const LinearManyArgs& args, Ring<ROWS> ring, int lane) {
-    const int row_tiles = (args.rows + ROWS - 1) / ROWS;
+    constexpr int half_bytes = ring.x_bytes / CLUSTER;
     const int64_t chunk_bytes = int64_t(args.row_stride) * CHUNK_ROW_BYTES;
-    for (int index = blockIdx.x; index < args.items * row_tiles; index += gridDim.x) {
-        const Item<ROWS> item(args, index, row_tiles);
-        const TileMatrix& matrix = item.target.matrix;
-        const int tiles = min(CONSUMERS, matrix.tiles - item.first_tile);
+    for (Items<ROWS> items(args); items.has_item(); items.advance()) {
+        const LinearMatrix& target = items.target();
+        const TileMatrix& matrix = target.matrix;
+        const int first_tile = items.first_tile(target);
+        const int tiles = max(0, min(CTA_TILES, matrix.tiles - first_tile));
         const bool has_tile = lane < tiles;
-        const int tile = item.first_tile + (has_tile ? lane : 0);
-        const uint8_t* weights = matrix.weights + int64_t(tile) * matrix.tile_units * BLOCK_UNIT_BYTES;
-        const uint8_t* x = reinterpret_cast<const uint8_t*>(item.target.x) +
-                           int64_t(item.first_row) * CHUNK_ROW_BYTES;
+        const int64_t tile = has_tile ? first_tile + lane : 0;
+        const uint8_t* weights = matrix.weights + tile * matrix.tile_units * BLOCK_UNIT_BYTES;
+        const uint8_t* x = reinterpret_cast<const uint8_t*>(target.x) +
+                           int64_t(items.first_row()) * CHUNK_ROW_BYTES + items.rank * half_bytes;
 #pragma unroll 1
         for (int block = 0; block < args.blocks; block += CHUNK_BLOCKS) {
             const int end = min(block + CHUNK_BLOCKS, args.blocks);
@@ -137,7 +149,7 @@ __device__ __forceinline__ void fetch(const LinearManyArgs& args, Ring<ROWS> rin
             ring.wait_empty();
             if (lane == 0) {
                 barrier_expect(ring.full(), ring.x_bytes + tiles * bytes);
-                bulk_copy(ring.x(), x, ring.x_bytes, ring.full());
+                bulk_copy_to_both(ring.x() + items.rank * half_bytes, x, half_bytes, ring.full());
             }
             __syncwarp();
             if (has_tile) {
@@ -150,20 +162,20 @@ __device__ __forceinline__ void fetch(const LinearManyArgs& args, Ring<ROWS> rin
     }
 }
 
-// Scales of all blocks of the CTA's items, by as many threads as there are tiles and rows g of them.
+// Prepares scales of all blocks of the CTA's items: a lane for each g of each tile.
 template <int ROWS>
 __device__ __forceinline__ void prepare_scales(const LinearManyArgs& args, Ring<ROWS> ring,
-                                               int thread) {
-    const int row_tiles = (args.rows + ROWS - 1) / ROWS;
-    const int g = thread % 8;
-    for (int index = blockIdx.x; index < args.items * row_tiles; index += gridDim.x) {
-        const Item<ROWS> item(args, index, row_tiles);
-        const TileMatrix& matrix = item.target.matrix;
-        const int tile = min(item.first_tile + thread / 8, matrix.tiles - 1);
+                                               int lane) {
+    static_assert(CTA_TILES * 8 == WARP_LANES, "a lane for each g of each tile");
+    const int g = lane % 8;
+    for (Items<ROWS> items(args); items.has_item(); items.advance()) {
+        const LinearMatrix& target = items.target();
+        const TileMatrix& matrix = target.matrix;
+        const int tile = min(items.first_tile(target) + lane / 8, matrix.tiles - 1);
         // Of the group that is next; groups follow each other.
         BlockInfo info = block_info(matrix, 0);
         RawScales raw = load_scales(matrix, tile, 0, g);
-        WeightScales scales;
+        HalfScales scales[2];
         int group_end = 0;
 #pragma unroll 1
         for (int block = 0; block < args.blocks; block += CHUNK_BLOCKS) {
@@ -171,150 +183,121 @@ __device__ __forceinline__ void prepare_scales(const LinearManyArgs& args, Ring<
 #pragma unroll
             for (int i = 0; i < CHUNK_BLOCKS; ++i) {
                 if (block + i == group_end && group_end < args.blocks) {
-                    scales = weight_scales(matrix, info.bits(), raw, info);
+                    half_scales(matrix, info.bits(), raw, info, scales);
                     group_end = info.group_end();
                     raw = load_scales(matrix, tile, min(info.group() + 1, matrix.groups - 1), g);
                     info = block_info(matrix, min(group_end, args.blocks - 1));
                 }
-                const uint32_t to = ring.scales(thread / 8) + i * SCALE_BYTES + g * sizeof(scales);
-                const auto store = [to](int at, const uint32_t(&four)[4]) {
-                    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + at),
-                                 "r"(four[0]), "r"(four[1]), "r"(four[2]), "r"(four[3])
-                                 : "memory");
-                };
-                store(0, scales.offsets);
-                store(16, scales.factors);
+                const uint32_t to = ring.scales(lane / 8) + i * SCALE_BYTES + g * sizeof(scales);
+                scales[0].store(to);
+                scales[1].store(to + sizeof(HalfScales));
             }
             __syncwarp();
-            if (thread % WARP_LANES == 0) barrier_arrive(ring.full());
+            if (lane == 0) barrier_arrive(ring.full());
             ring.advance();
         }
     }
 }
 
-// Words of a block in shared memory, by their byte in it.
-struct PlaceReader {
-    uint32_t place;
+// A lane's weights of a chunk.
+using ChunkWeights = HalfWeights[CHUNK_BLOCKS];
 
-    __device__ __forceinline__ uint4 quad(int byte) const {
-        uint4 words;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                     : "r"(place + byte));
-        return words;
-    }
-    __device__ __forceinline__ uint2 two(int byte) const {
-        uint2 words;
-        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                     : "=r"(words.x), "=r"(words.y)
-                     : "r"(place + byte));
-        return words;
-    }
-    __device__ __forceinline__ uint32_t one(int byte) const {
-        uint32_t word;
-        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(place + byte));
-        return word;
-    }
+// Where a lane's half of a tile lies in a chunk.
+struct ChunkPlace {
+    uint32_t weights;
+    uint32_t scales;
+    int half;
+    int lane;
 };
 
-// A lane's weights of a chunk.
-using ChunkWeights = LaneWeights[CHUNK_BLOCKS];
-
-// Takes a block apart that lies at `place`, with scales at `scale_place`.
+// Takes a block apart that begins so many bytes after the chunk's first, and is its `i`-th.
 template <int BITS>
-__device__ __forceinline__ void take_apart(uint32_t place, uint32_t scale_place, int lane,
-                                           LaneWeights& weights) {
-    WeightScales scales;
-    const auto load = [scale_place](int at, uint32_t(&four)[4]) {
-        const uint4 words = PlaceReader{scale_place}.quad(at);
-        four[0] = words.x;
-        four[1] = words.y;
-        four[2] = words.z;
-        four[3] = words.w;
-    };
-    load(0, scales.offsets);
-    load(16, scales.factors);
-    take_weights<BITS, true>(PlaceReader{place}, lane, weights);
-    finish_weights<BITS>(scales, weights);
+__device__ __forceinline__ void take_block(const ChunkPlace& place, int bytes, int i,
+                                           HalfWeights& weights) {
+    HalfScales scales;
+    scales.load(place.scales + i * SCALE_BYTES);
+    take_half<BITS>(place.weights + bytes, place.lane, place.half, weights);
+    finish_half<BITS>(scales, weights);
 }
 
-__device__ __forceinline__ void take_apart(int bits, uint32_t place, uint32_t scale_place, int lane,
-                                           LaneWeights& weights) {
+// The same where only a call knows the bits; none for what is not there.
+__device__ __forceinline__ void take_any_block(int bits, const ChunkPlace& place, int bytes, int i,
+                                               HalfWeights& weights) {
     switch (bits) {
-        case 2: take_apart<2>(place, scale_place, lane, weights); break;
-        case 3: take_apart<3>(place, scale_place, lane, weights); break;
-        case 4: take_apart<4>(place, scale_place, lane, weights); break;
-        case 5: take_apart<5>(place, scale_place, lane, weights); break;
-        case 6: take_apart<6>(place, scale_place, lane, weights); break;
-        case 8: take_apart<8>(place, scale_place, lane, weights); break;
-        case BITS_FLOAT: take_apart<BITS_FLOAT>(place, scale_place, lane, weights); break;
+        case 2: take_block<2>(place, bytes, i, weights); break;
+        case 3: take_block<3>(place, bytes, i, weights); break;
+        case 4: take_block<4>(place, bytes, i, weights); break;
+        case 5: take_block<5>(place, bytes, i, weights); break;
+        case 6: take_block<6>(place, bytes, i, weights); break;
+        case 8: take_block<8>(place, bytes, i, weights); break;
+        case BITS_FLOAT: take_block<BITS_FLOAT>(place, bytes, i, weights); break;
         default: weights = {};
     }
 }
 
 // Takes a chunk apart whose blocks have so many bits.
 template <int BITS>
-__device__ __forceinline__ void take_both(uint32_t place, uint32_t scale_place, int lane,
-                                          ChunkWeights& weights) {
+__device__ __forceinline__ void take_both(const ChunkPlace& place, ChunkWeights& weights) {
 #pragma unroll
     for (int i = 0; i < CHUNK_BLOCKS; ++i) {
-        take_apart<BITS>(place + i * BITS * BLOCK_UNIT_BYTES, scale_place + i * SCALE_BYTES, lane,
-                         weights[i]);
+        take_block<BITS>(place, i * BITS * BLOCK_UNIT_BYTES, i, weights[i]);
     }
 }
 
 // The same where only a call knows them. `second` is 0 where there is no second block.
-__device__ __forceinline__ void take_chunk(int first, int second, uint32_t place,
-                                           uint32_t scale_place, int lane, ChunkWeights& weights) {
+__device__ __forceinline__ void take_chunk(int first, int second, const ChunkPlace& place,
+                                           ChunkWeights& weights) {
     // Comparisons take less time than a table of where to go.
     if (first != second) {
-        take_apart(first, place, scale_place, lane, weights[0]);
-        take_apart(second, place + first * BLOCK_UNIT_BYTES, scale_place + SCALE_BYTES, lane,
-                   weights[1]);
+        take_any_block(first, place, 0, 0, weights[0]);
+        take_any_block(second, place, first * BLOCK_UNIT_BYTES, 1, weights[1]);
     } else if (first == 4) {
-        take_both<4>(place, scale_place, lane, weights);
+        take_both<4>(place, weights);
     } else if (first == 5) {
-        take_both<5>(place, scale_place, lane, weights);
+        take_both<5>(place, weights);
     } else if (first == 3) {
-        take_both<3>(place, scale_place, lane, weights);
+        take_both<3>(place, weights);
     } else if (first == 6) {
-        take_both<6>(place, scale_place, lane, weights);
+        take_both<6>(place, weights);
     } else if (first == 2) {
-        take_both<2>(place, scale_place, lane, weights);
+        take_both<2>(place, weights);
     } else if (first == 8) {
-        take_both<8>(place, scale_place, lane, weights);
+        take_both<8>(place, weights);
     } else {
-        take_both<BITS_FLOAT>(place, scale_place, lane, weights);
+        take_both<BITS_FLOAT>(place, weights);
     }
 }
 
 // Starts the products of a chunk with its rows, as a group.
 template <int ROWS>
 __device__ __forceinline__ void start_products(const ChunkWeights& weights, uint32_t x, bool adds,
-                                               float (&sums)[2][ROWS / 2]) {
+                                               float (&sums)[ROWS / 2]) {
     group_fence();
     const uint64_t all_rows = describe_rows(x);
 #pragma unroll
     for (int step = 0; step < 2 * CHUNK_BLOCKS; ++step) {
-        const uint64_t rows = all_rows + next_inputs(step);
         const auto& pairs = weights[step / 2].pairs;
         const int first = 2 * (step % 2);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-            GroupProduct<ROWS>::start(sums[m], pairs[2 * m][first], pairs[2 * m + 1][first],
-                                      pairs[2 * m][first + 1], pairs[2 * m + 1][first + 1], rows,
-                                      adds || step > 0);
-        }
+        GroupProduct<ROWS>::start(sums, pairs[0][first], pairs[1][first], pairs[0][first + 1],
+                                  pairs[1][first + 1], all_rows + next_inputs(step),
+                                  adds || step > 0);
     }
     group_commit();
+}
+
+// Says to both CTAs that a warp has read a stage: each has fetched half of the rows.
+__device__ __forceinline__ void release(uint32_t barrier, int lane) {
+    if (lane < CLUSTER) barrier_arrive_at(barrier, lane);
 }
 
 // Multiplies an item: one of the warps of a group. While products of a chunk go on, the next one is taken apart.
 template <int ROWS>
 __device__ __forceinline__ void multiply_item(const TileMatrix& matrix, Ring<ROWS>& ring, int warp,
-                                              int lane, float (&sums)[2][ROWS / 2]) {
+                                              int lane, float (&sums)[ROWS / 2]) {
     constexpr int SETS = 2;
     const int blocks = matrix.blocks;
+    const int half = warp % 2;
+    const uint32_t own_scales = (lane / 4 * 2 + half) * sizeof(HalfScales);
     ChunkWeights weights[SETS];
     uint32_t busy = 0;
     int end = 0;
@@ -331,20 +314,21 @@ __device__ __forceinline__ void multiply_item(const TileMatrix& matrix, Ring<ROW
                     second = block + 1 < blocks ? section_bits(matrix, block + 1, end) : 0;
                 }
                 ring.wait_full();
-                take_chunk(bits, second, ring.weights(warp),
-                           ring.scales(warp) + lane / 4 * sizeof(WeightScales), lane, weights[set]);
+                const ChunkPlace place = {ring.weights(warp / 2), ring.scales(warp / 2) + own_scales,
+                                          half, lane};
+                take_chunk(bits, second, place, weights[set]);
                 bits = second;
                 start_products<ROWS>(weights[set], ring.x(), block > 0, sums);
                 // The chunk before is done then: its weights may be written again, and its rows.
                 group_wait<1>();
-                if (busy != 0 && lane == 0) barrier_arrive(busy);
+                if (busy != 0) release(busy, lane);
                 busy = ring.empty();
                 ring.advance();
             }
         }
     }
     group_wait<0>();
-    if (lane == 0) barrier_arrive(busy);
+    release(busy, lane);
 }
 
 // Adds to memory without waiting for what is there.
@@ -374,28 +358,25 @@ __device__ __forceinline__ void store_four(const LinearManyArgs& args, float* ou
     }
 }
 
-// A warp's sums of its tile's outputs to where they belong, by way of shared memory: eight rows at a time,
-// lines of 32 outputs each.
+// A warp's sums of its half of a tile to where they belong, by way of shared memory: eight rows at a time.
 template <int ROWS>
-__device__ __forceinline__ void store_sums(const LinearManyArgs& args, const Item<ROWS>& item,
-                                           int tile, int lane, float* room,
-                                           const float (&sums)[2][ROWS / 2]) {
-    const LinearMatrix& target = item.target;
+__device__ __forceinline__ void store_sums(const LinearManyArgs& args, const LinearMatrix& target,
+                                           int first, int first_row, int lane, float* room,
+                                           const float (&sums)[ROWS / 2]) {
     const int width = target.out_features;
-    const int first = tile * TILE_OUTPUTS;
     const float factor = args.accumulate ? args.store_scale : 1.0f;
     const float scale = target.matrix.scale * factor;
-    float bias[4];
+    float bias[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
         const int output = first + 8 * i + lane / 4;
         const bool has_bias = target.bias != nullptr && output < width;
         bias[i] = has_bias ? __ldg(target.bias + output) * factor : 0.0f;
     }
-    const int output = first + lane % 8 * 4;
+    const int output = first + lane % 4 * 4;
     const int there = width - output;
     const bool is_wide = width % 4 == 0;
-    int row = item.first_row + lane / 8;
+    int row = first_row + lane / 4;
     float* out = target.out + int64_t(row) * width + output;
 #pragma unroll
     for (int eight = 0; eight < ROWS / 8; ++eight) {
@@ -403,20 +384,16 @@ __device__ __forceinline__ void store_sums(const LinearManyArgs& args, const Ite
         float* buffer = room + eight % 2 * OUT_FLOATS;
         float* to = buffer + lane % 4 * 2 * OUT_STRIDE + lane / 4;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float* pair = sums[i / 2] + 4 * eight + i % 2 * 2;
-            to[8 * i] = fmaf(scale, pair[0], bias[i]);
-            to[8 * i + OUT_STRIDE] = fmaf(scale, pair[1], bias[i]);
+        for (int i = 0; i < 2; ++i) {
+            to[8 * i] = fmaf(scale, sums[4 * eight + 2 * i], bias[i]);
+            to[8 * i + OUT_STRIDE] = fmaf(scale, sums[4 * eight + 2 * i + 1], bias[i]);
         }
         __syncwarp();
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float* from = buffer + (4 * half + lane / 8) * OUT_STRIDE + lane % 8 * 4;
-            const float4 y = *reinterpret_cast<const float4*>(from);
-            if (row < args.rows && there > 0) store_four(args, out, there, is_wide, y);
-            row += 4;
-            out += 4 * width;
-        }
+        const float* from = buffer + lane / 4 * OUT_STRIDE + lane % 4 * 4;
+        const float4 y = *reinterpret_cast<const float4*>(from);
+        if (row < args.rows && there > 0) store_four(args, out, there, is_wide, y);
+        row += 8;
+        out += 8 * width;
     }
 }
 
@@ -424,15 +401,16 @@ __device__ __forceinline__ void store_sums(const LinearManyArgs& args, const Ite
 template <int ROWS>
 __device__ __forceinline__ void consume(const LinearManyArgs& args, Ring<ROWS> ring, int warp,
                                         int lane, float* room) {
-    const int row_tiles = (args.rows + ROWS - 1) / ROWS;
-    for (int index = blockIdx.x; index < args.items * row_tiles; index += gridDim.x) {
-        const Item<ROWS> item(args, index, row_tiles);
-        const TileMatrix& matrix = item.target.matrix;
+    for (Items<ROWS> items(args); items.has_item(); items.advance()) {
+        const LinearMatrix& target = items.target();
+        float sums[ROWS / 2];
         // A warp past the last tile multiplies what lies in the ring: its group needs it.
-        float sums[2][ROWS / 2];
-        multiply_item<ROWS>(matrix, ring, warp, lane, sums);
-        const int tile = item.first_tile + warp;
-        if (tile < matrix.tiles) store_sums<ROWS>(args, item, tile, lane, room, sums);
+        multiply_item<ROWS>(target.matrix, ring, warp, lane, sums);
+        const int tile = items.first_tile(target) + warp / 2;
+        if (tile < target.matrix.tiles) {
+            const int first = tile * TILE_OUTPUTS + warp % 2 * HALF_OUTPUTS;
+            store_sums<ROWS>(args, target, first, items.first_row(), lane, room, sums);
+        }
     }
 }
 
@@ -451,12 +429,13 @@ __device__ __forceinline__ void multiply_many(const LinearManyArgs& args) {
                              0};
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < args.stages; ++stage) {
-            barrier_init(ring.barriers + stage * BARRIER_BYTES, 1 + SCALERS);
-            barrier_init(ring.barriers + (MOST_STAGES + stage) * BARRIER_BYTES, CONSUMERS);
+            // Full: what is fetched, and scales. Empty: the consumers of both CTAs.
+            barrier_init(ring.barriers + stage * BARRIER_BYTES, 2);
+            barrier_init(ring.barriers + (MOST_STAGES + stage) * BARRIER_BYTES, CLUSTER * CONSUMERS);
         }
         barriers_are_made();
     }
-    __syncthreads();
+    cluster_meet();
     dependency_trigger();
     dependency_wait();
     if (warp < CONSUMERS) {
@@ -466,23 +445,28 @@ __device__ __forceinline__ void multiply_many(const LinearManyArgs& args) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (warp == CONSUMERS) {
             fetch<ROWS>(args, ring, lane);
-        } else if (warp <= CONSUMERS + SCALERS) {
-            prepare_scales<ROWS>(args, ring, threadIdx.x - (CONSUMERS + 1) * WARP_LANES);
+        } else if (warp == CONSUMERS + 1) {
+            prepare_scales<ROWS>(args, ring, lane);
         }
     }
+    // Until then the other CTA may still write here.
+    __syncwarp();
+    cluster_meet();
 }
 
 }  // namespace oxl
 
-// Grid: multiprocessors, at most one a pair of an item and ROWS rows. Dynamic shared memory: 1,024 bytes and `stages` times ROWS * 128 + 4,096 + 16 * block_bytes.
-extern "C" __global__ void __launch_bounds__(oxl::MANY_THREADS, 1)
-    oxl_linear_many_64(const __grid_constant__ LinearManyArgs args) {
-    oxl::multiply_many<64>(args);
-}
+// Grid: multiprocessors, in clusters of two, at most one cluster a pair of an item and ROWS rows. Dynamic shared memory:
+// 1,024 bytes and `stages` times ROWS * 128 + 2,048 + 8 * block_bytes.
+#define OXL_LINEAR_MANY(rows)                                                        \
+    extern "C" __global__ void __cluster_dims__(oxl::CLUSTER, 1, 1)                   \
+        __launch_bounds__(oxl::MANY_THREADS, 1)                                      \
+            oxl_linear_many_##rows(const __grid_constant__ LinearManyArgs args) {    \
+        oxl::multiply_many<rows>(args);                                              \
+    }
 
-extern "C" __global__ void __launch_bounds__(oxl::MANY_THREADS, 1)
-    oxl_linear_many_128(const __grid_constant__ LinearManyArgs args) {
-    oxl::multiply_many<128>(args);
-}
+OXL_LINEAR_MANY(64)
+OXL_LINEAR_MANY(128)
+OXL_LINEAR_MANY(256)
 
 #endif

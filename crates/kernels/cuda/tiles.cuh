@@ -219,9 +219,8 @@ __device__ __forceinline__ void add_zeros(const uint32_t (&zeros)[4], LaneWeight
     }
 }
 
-// The codes of a lane, `bits` of 2 to 6. `reader` reads words of the block by their byte in it. With
-// MAGIC they are codes in 1024 + code 2^f, as `finish_weights` takes them.
-template <int BITS, bool MAGIC, typename Reader>
+// The codes of a lane, `bits` of 2 to 6. `reader` reads words of the block by their byte in it.
+template <int BITS, typename Reader>
 __device__ __forceinline__ void take_planes(const Reader& reader, int lane, LaneWeights& weights) {
     constexpr int low_bits = BITS >= 4 ? 4 : 2;
     constexpr int high_bits = BITS - low_bits;
@@ -254,8 +253,7 @@ __device__ __forceinline__ void take_planes(const Reader& reader, int lane, Lane
             const int to = field_bit(BITS, i);
             const int at = 8 * (p % 2) + to;
             const int word = low_bits == 4 ? 2 * (i / 2) + step : step;
-            uint32_t pair = MAGIC ? moved_fields(low[word], low_bits, at, to, 0x64006400u)
-                                  : moved_fields(low[word], low_bits, at, to);
+            uint32_t pair = moved_fields(low[word], low_bits, at, to);
             if constexpr (high_bits == 2) {
                 pair |= moved_fields(high[i / 2], 2, at + 2 * step, to + low_bits);
             } else if constexpr (high_bits == 1) {
@@ -267,7 +265,7 @@ __device__ __forceinline__ void take_planes(const Reader& reader, int lane, Lane
 }
 
 // The codes of a lane with 8 bits.
-template <bool MAGIC, typename Reader>
+template <typename Reader>
 __device__ __forceinline__ void take_bytes(const Reader& reader, int lane, LaneWeights& weights) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -276,8 +274,7 @@ __device__ __forceinline__ void take_bytes(const Reader& reader, int lane, LaneW
 #pragma unroll
         for (int p = 0; p < 8; ++p) {
             weights.pairs[2 * half + p / 4][p % 4] =
-                MAGIC ? __byte_perm(word[p / 2], 0x64646464u, p % 2 == 0 ? 0x4140 : 0x4342)
-                      : __byte_perm(word[p / 2], 0, p % 2 == 0 ? 0x4140 : 0x4342);
+                __byte_perm(word[p / 2], 0, p % 2 == 0 ? 0x4140 : 0x4342);
         }
     }
 }
@@ -297,57 +294,34 @@ __device__ __forceinline__ void take_halves(const Reader& reader, int lane, Lane
 
 // The codes of a lane before their zero point and scale, for a block of `BITS` bits; with 16 the
 // weights themselves.
-template <int BITS, bool MAGIC = false, typename Reader>
+template <int BITS, typename Reader>
 __device__ __forceinline__ void take_weights(const Reader& reader, int lane, LaneWeights& weights) {
     if constexpr (BITS == BITS_FLOAT) {
         take_halves(reader, lane, weights);
     } else if constexpr (BITS == 8) {
-        take_bytes<MAGIC>(reader, lane, weights);
+        take_bytes(reader, lane, weights);
     } else {
-        take_planes<BITS, MAGIC>(reader, lane, weights);
+        take_planes<BITS>(reader, lane, weights);
     }
 }
 
-// What makes weights of the codes of a lane's four outputs in one group, for both halves of a word.
-struct WeightScales {
-    uint32_t offsets[4];
-    uint32_t factors[4];
-};
+// 1024 in both halves of a word: a code beside it, at bit f, makes 1024 + code 2^f.
+constexpr uint32_t MAGIC = 0x64006400u;
 
-__device__ __forceinline__ WeightScales weight_scales(const TileMatrix& matrix, int bits,
-                                                      RawScales raw, BlockInfo info) {
-    float scales[4];
-    decode_scales(matrix, raw, info, scales);
-    const bool is_gptq = matrix.encoding == ENCODING_GPTQ;
-    WeightScales made;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int at = field_bit(bits, i);
-        const uint32_t zero = is_gptq ? raw.zeros >> (8 * i) & 0xff : 1u << (bits - 1);
-        made.offsets[i] = (0xe400u - (uint32_t(at) << 10) + (zero << at)) * 0x10001u;
-        const __half2 factor = __float2half2_rn(scales[i]);
-        made.factors[i] = reinterpret_cast<const uint32_t&>(factor);
-    }
-    return made;
+// What brings 1024 + code 2^f down to code - zero, once it is multiplied by 2^-f: for both halves of a word.
+__device__ __forceinline__ uint32_t magic_offset(int f, uint32_t zero) {
+    return (0xe400u - (uint32_t(f) << 10) + (zero << f)) * 0x10001u;
 }
 
-// Codes become weights: f16((code - zero) * scale), rounded once, as the formats define it. The matrix'
-// own `scale` is left to the product. 1024 + code 2^f, exactly, is brought down to code - zero in one operation.
-template <int BITS>
-__device__ __forceinline__ void finish_weights(const WeightScales& scales, LaneWeights& weights) {
-    if constexpr (BITS != BITS_FLOAT) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t down = ((15u - field_bit(BITS, i)) << 10) * 0x10001u;
-#pragma unroll
-            for (uint32_t& pair : weights.pairs[i]) {
-                asm("fma.rn.f16x2 %0, %1, %2, %3;"
-                    : "=r"(pair)
-                    : "r"(pair), "r"(down), "r"(scales.offsets[i]));
-                asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(scales.factors[i]));
-            }
-        }
-    }
+// A pair of 1024 + code 2^f as weights: f16((code - zero) * scale), rounded once, as the formats define it. The
+// matrix' own `scale` is left to the product.
+__device__ __forceinline__ uint32_t finished(uint32_t pair, int f, uint32_t offset,
+                                             uint32_t factor) {
+    const uint32_t down = ((15u - f) << 10) * 0x10001u;
+    uint32_t weights;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(weights) : "r"(pair), "r"(down), "r"(offset));
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(weights) : "r"(weights), "r"(factor));
+    return weights;
 }
 
 }  // namespace oxl

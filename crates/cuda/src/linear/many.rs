@@ -14,8 +14,14 @@ use crate::module::{Kernel, Modules};
 /// Threads of a block of threads (CTA); `MANY_THREADS` in `linear_many.cu`.
 const THREADS: usize = 384;
 
-/// Column tiles of an item; `CONSUMERS` in `linear_many.cu`.
-const ITEM_TILES: usize = 8;
+/// CTAs of a cluster, which share rows; `CLUSTER` in `linear_many.cu`.
+const CLUSTER: usize = 2;
+
+/// Column tiles of a CTA; `CTA_TILES` in `linear_many.cu`.
+const CTA_TILES: usize = 4;
+
+/// Column tiles of an item.
+const ITEM_TILES: usize = CLUSTER * CTA_TILES;
 
 /// Blocks of a chunk; `CHUNK_BLOCKS` in `linear_many.cu`.
 const CHUNK_BLOCKS: usize = 2;
@@ -24,26 +30,25 @@ const CHUNK_BLOCKS: usize = 2;
 const CHUNK_ROW_BYTES: usize = 128;
 
 /// Bytes of the scales of a chunk; `CHUNK_SCALE_BYTES` in `linear_many.cu`.
-const CHUNK_SCALE_BYTES: usize = ITEM_TILES * CHUNK_BLOCKS * 256;
+const CHUNK_SCALE_BYTES: usize = CTA_TILES * CHUNK_BLOCKS * 256;
 
 /// Stages of the ring, at most; `MOST_STAGES` in `linear_many.cu`.
 const MOST_STAGES: usize = 16;
 
 /// Shared memory of a CTA that is not dynamic.
-const STATIC_SHARED_BYTES: usize = 19 * 1024;
+const STATIC_SHARED_BYTES: usize = 11 * 1024;
 
 /// The ring begins at a multiple of this.
 const ALIGNMENT: usize = 1024;
 
 /// Rows of an item of each kernel.
-const ITEM_ROWS: [usize; 2] = [64, 128];
+const ITEM_ROWS: [usize; 3] = [64, 128, 256];
 
-/// What an item costs by each kernel, in the same unit: half the products take three quarters of the time, since weights
-/// are taken apart all the same.
-const ITEM_COSTS: [usize; 2] = [3, 4];
+/// What an item costs by each kernel, in the same unit: weights are taken apart for few rows as for many.
+const ITEM_COSTS: [usize; 3] = [12, 13, 17];
 
 /// Rows of a chunk in memory are a multiple of this, so that every kernel's items are there as a whole.
-pub(crate) const ROWS_OF_CHUNK: usize = 128;
+pub(crate) const ROWS_OF_CHUNK: usize = 256;
 
 /// `LinearManyArgs` of `linear_many.cu`.
 #[derive(Debug, Clone, Copy)]
@@ -66,7 +71,7 @@ struct LinearManyArgs {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ManyKernels {
     /// By [`ITEM_ROWS`].
-    kernels: [Kernel; 2],
+    kernels: [Kernel; 3],
     /// Dynamic shared memory that a CTA may have.
     shared_bytes: usize,
 }
@@ -79,11 +84,18 @@ impl ManyKernels {
             return Ok(None);
         };
         let find = |name| modules.kernel_if_any("linear_many", name, shared_bytes);
-        let kernels = find("oxl_linear_many_64")?.zip(find("oxl_linear_many_128")?);
-        Ok(kernels.map(|(half, whole)| Self {
-            kernels: [half, whole],
-            shared_bytes,
-        }))
+        let all = [
+            find("oxl_linear_many_64")?,
+            find("oxl_linear_many_128")?,
+            find("oxl_linear_many_256")?,
+        ];
+        Ok(match all {
+            [Some(few), Some(more), Some(most)] => Some(Self {
+                kernels: [few, more, most],
+                shared_bytes,
+            }),
+            _ => None,
+        })
     }
 }
 
@@ -92,8 +104,8 @@ impl ManyKernels {
 struct Division {
     /// Of [`ITEM_ROWS`].
     kernel: usize,
-    /// Items by tiles of rows.
-    items: usize,
+    /// Clusters.
+    clusters: usize,
     stages: usize,
     shared_bytes: usize,
 }
@@ -101,24 +113,24 @@ struct Division {
 impl Division {
     /// The division of `rows` rows by `items` items of outputs, whose widest weights have `bits` bits.
     fn of(
-        rows: usize,
-        items: usize,
+        (rows, items): (usize, usize),
         bits: usize,
         multiprocessors: usize,
         shared_bytes: usize,
     ) -> Self {
+        let most_clusters = (multiprocessors / CLUSTER).max(1);
         let count = |kernel: usize| items * rows.div_ceil(ITEM_ROWS[kernel]);
-        let cost = |kernel: usize| count(kernel).div_ceil(multiprocessors) * ITEM_COSTS[kernel];
-        // Of those that cost the same, the one that takes weights apart less often.
-        let kernel = if cost(0) < cost(1) { 0 } else { 1 };
+        let cost = |kernel: usize| count(kernel).div_ceil(most_clusters) * ITEM_COSTS[kernel];
+        // Of those that cost the same, the one that takes weights apart least often.
+        let kernels = (0..ITEM_ROWS.len()).rev();
+        let kernel = kernels.min_by_key(|&kernel| cost(kernel)).unwrap_or(0);
         let stage_bytes = ITEM_ROWS[kernel] * CHUNK_ROW_BYTES
             + CHUNK_SCALE_BYTES
-            + ITEM_TILES * CHUNK_BLOCKS * bits * UNIT_BYTES;
-        let stages = (shared_bytes - ALIGNMENT) / stage_bytes;
-        let stages = stages.min(MOST_STAGES);
+            + CTA_TILES * CHUNK_BLOCKS * bits * UNIT_BYTES;
+        let stages = ((shared_bytes - ALIGNMENT) / stage_bytes).min(MOST_STAGES);
         Self {
             kernel,
-            items: count(kernel),
+            clusters: count(kernel).min(most_clusters),
             stages,
             shared_bytes: ALIGNMENT + stages * stage_bytes,
         }
@@ -149,7 +161,7 @@ impl CudaDevice {
         let bits = operands.iter().map(|operand| operand.weights.widest_bits);
         let bits = bits.max().unwrap_or(0) as usize;
         let multiprocessors = self.info().multiprocessors;
-        let division = Division::of(rows, items, bits, multiprocessors, kernels.shared_bytes);
+        let division = Division::of((rows, items), bits, multiprocessors, kernels.shared_bytes);
         let args = LinearManyArgs {
             matrix_count: operands.len() as i32,
             rows: rows as i32,
@@ -165,7 +177,7 @@ impl CudaDevice {
         };
         let launch = Launch {
             shared_bytes: division.shared_bytes,
-            ..Launch::linear(multiprocessors.min(division.items), THREADS)
+            ..Launch::linear(CLUSTER * division.clusters, THREADS)
         };
         // SAFETY: the structure is the kernel's; the rest is the caller's promise.
         unsafe { self.launch(kernels.kernels[division.kernel], launch, &args) }
@@ -184,11 +196,10 @@ mod tests {
         for bits in [2, 3, 4, 5, 6, 8, 16] {
             for rows in [129, 512, 2048] {
                 for items in [1, 16, 172] {
-                    let division = Division::of(rows, items, bits, 132, SHARED_BYTES);
+                    let division = Division::of((rows, items), bits, 132, SHARED_BYTES);
                     assert!((3..=MOST_STAGES).contains(&division.stages), "{division:?}");
                     assert!(division.shared_bytes <= SHARED_BYTES, "{division:?}");
-                    let row_tiles = rows.div_ceil(ITEM_ROWS[division.kernel]);
-                    assert_eq!(division.items, items * row_tiles);
+                    assert!((1..=66).contains(&division.clusters), "{division:?}");
                 }
             }
         }
@@ -196,12 +207,17 @@ mod tests {
 
     #[test]
     fn fewer_rows_an_item_where_multiprocessors_would_have_none() {
-        let kernel = |rows, items| Division::of(rows, items, 4, 132, SHARED_BYTES).kernel;
+        let rows_of = |rows, items| {
+            let division = Division::of((rows, items), 4, 132, SHARED_BYTES);
+            ITEM_ROWS[division.kernel]
+        };
         // llama2-7b: o, q k v, gate and up.
-        assert_eq!(kernel(512, 16), 0);
-        assert_eq!(kernel(512, 48), 1);
-        assert_eq!(kernel(2048, 16), 1);
-        assert_eq!(kernel(2048, 86), 1);
+        assert_eq!(rows_of(512, 16), 128);
+        assert_eq!(rows_of(512, 48), 256);
+        assert_eq!(rows_of(2048, 16), 256);
+        assert_eq!(rows_of(2048, 86), 256);
+        // tinyllama-1b: o.
+        assert_eq!(rows_of(512, 8), 64);
     }
 
     #[test]
