@@ -25,6 +25,7 @@ mod kept;
 mod linear;
 mod linear_cases;
 mod long_attention;
+mod mlp;
 mod oracle;
 mod random;
 mod weights;
@@ -178,6 +179,7 @@ pub fn run_selected<D: Device>(
     };
     elementwise::run(&mut suite)?;
     linear::run(&mut suite)?;
+    mlp::run(&mut suite)?;
     attention::run(&mut suite)?;
     long_attention::run(&mut suite)?;
     draws::run(&mut suite)?;

@@ -56,8 +56,11 @@ impl RowLayout {
 /// What [`CudaDevice::prepare`] makes fp16 rows of.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Prepare<'a> {
-    /// f32 `[rows, width]`
+    /// f32 `[rows, width]`; or f16
     pub(crate) x: &'a CudaBuffer,
+    /// Whether `x` is f16, of a width that [`PrepareKernels::takes_halves`]: with [`RowLayout::Chunks`], no gate and
+    /// no norm.
+    pub(crate) is_half: bool,
     /// f32 `[rows, width]`: the rows are `activation(gate) ⊙ x`.
     pub(crate) gate: Option<(Activation, &'a CudaBuffer)>,
     /// Applied at last; of `width` elements.
@@ -116,6 +119,7 @@ struct Entries {
 pub(crate) struct PrepareKernels {
     plain: Entries,
     chunks: Entries,
+    gather_halves: Kernel,
     /// The widest row that `row` can hold.
     widest_row: usize,
 }
@@ -144,9 +148,15 @@ impl PrepareKernels {
                 "oxl_prepare_row_chunks",
                 "oxl_prepare_wide_row_chunks",
             ])?,
+            gather_halves: modules.kernel("prepare", "oxl_prepare_gather_halves", shared_bytes)?,
             // Whole vectors of four.
             widest_row: shared_bytes / 16 * 4,
         })
+    }
+
+    /// Whether rows of so many f16 can be prepared.
+    pub(crate) fn takes_halves(&self, width: usize) -> bool {
+        width.is_multiple_of(32) && width <= self.widest_row
     }
 }
 
@@ -178,6 +188,7 @@ struct Shape {
     outputs: usize,
     has_norm: bool,
     is_permuted: bool,
+    is_half: bool,
 }
 
 /// The entry for such rows, and its launch.
@@ -196,7 +207,7 @@ fn plan(shape: &Shape, widest_row: usize) -> (Entry, Launch) {
     let is_little = shape.rows <= FEW_ROWS && shape.rows * shape.width <= FEW_ELEMENTS;
     let entry = if shape.has_norm {
         if fits { Entry::Row } else { Entry::WideRow }
-    } else if shape.is_permuted && !is_little && fits {
+    } else if shape.is_half || shape.is_permuted && !is_little && fits {
         Entry::Gather
     } else {
         Entry::Spread
@@ -272,6 +283,10 @@ impl CudaDevice {
             args.gate.is_none() || args.norm.is_none(),
             "rows are gated or normed"
         );
+        assert!(
+            !args.is_half || args.layout == RowLayout::Chunks && args.gate.is_none(),
+            "halves are gated"
+        );
         let elements = args.rows * args.width;
         let (activation, gate) = args.gate.map_or((0, 0), |(activation, gate)| {
             (activation_number(activation), gate.floats(elements))
@@ -288,6 +303,7 @@ impl CudaDevice {
             outputs: outputs.len(),
             has_norm: args.norm.is_some(),
             is_permuted: outputs.iter().any(|output| output.permutation.is_some()),
+            is_half: args.is_half,
         };
         let (entry, launch) = plan(&shape, kernels.widest_row);
         let entries = match args.layout {
@@ -296,6 +312,7 @@ impl CudaDevice {
         };
         let kernel = match entry {
             Entry::Spread => entries.spread,
+            Entry::Gather if args.is_half => kernels.gather_halves,
             Entry::Gather => entries.gather,
             Entry::Row => entries.row,
             Entry::WideRow => entries.wide_row,
@@ -341,6 +358,7 @@ mod tests {
             outputs: 1,
             has_norm: true,
             is_permuted: true,
+            is_half: false,
         }
     }
 

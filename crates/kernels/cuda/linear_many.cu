@@ -21,6 +21,7 @@
 #include "chunks.cuh"
 #include "group_product.cuh"
 #include "halves.cuh"
+#include "rows.cuh"
 
 struct LinearManyArgs {
     int32_t matrix_count;
@@ -32,7 +33,9 @@ struct LinearManyArgs {
     float store_scale;
     int32_t stages;       // of the ring
     int32_t block_bytes;  // room of a block of weights in it
-    int32_t reserved;
+    int32_t gate;         // NOT_GATED, or ACTIVATION_.. other than erf's: of two matrices, gate and up, the
+                          //   first's `out` receives activation(gate) * up in f16 [rows, out_features], a
+                          //   multiple of 32
     LinearMatrix matrices[oxl::MOST_MATRICES];
 };
 
@@ -49,6 +52,8 @@ constexpr int ITEM_TILES = CLUSTER * CTA_TILES;
 constexpr int CHUNK_BLOCKS = 2;
 constexpr int CHUNK_ROW_BYTES = 128;
 constexpr int MOST_STAGES = 16;
+
+constexpr int NOT_GATED = -1;
 
 // Room of a warp for sums of eight rows on their way out: no two lanes of a store meet in a bank.
 constexpr int OUT_STRIDE = HALF_OUTPUTS + 4;
@@ -93,7 +98,8 @@ struct Ring {
     }
 };
 
-// The items of a cluster, and the CTA's share of the one it is at.
+// The items of a cluster, and the CTA's share of the one it is at: a slot for each tile, half of them for each warp
+// group. Where gate and up are multiplied, the first half are tiles of the gate and the others the same tiles of up.
 template <int ROWS>
 struct Items {
     const LinearManyArgs& args;
@@ -109,8 +115,11 @@ struct Items {
 
     __device__ __forceinline__ bool has_item() const { return index < args.items * row_tiles; }
     __device__ __forceinline__ void advance() { index += gridDim.x / CLUSTER; }
+    __device__ __forceinline__ bool is_gated() const { return args.gate != NOT_GATED; }
+    __device__ __forceinline__ int first_row() const { return index % row_tiles * ROWS; }
 
-    __device__ __forceinline__ const LinearMatrix& target() const {
+    __device__ __forceinline__ const LinearMatrix& target(int slot) const {
+        if (is_gated()) return args.matrices[slot / (CTA_TILES / 2)];
         int matrix = 0;
 #pragma unroll 1
         while (matrix + 1 < args.matrix_count &&
@@ -119,59 +128,71 @@ struct Items {
         }
         return args.matrices[matrix];
     }
-    // The CTA's first tile of the matrix; there may be fewer than it could have, or none.
-    __device__ __forceinline__ int first_tile(const LinearMatrix& target) const {
-        return (index / row_tiles - target.first_item) * ITEM_TILES + rank * CTA_TILES;
+    // The slot's tile of its matrix, which may have fewer.
+    __device__ __forceinline__ int tile(const LinearMatrix& target, int slot) const {
+        const int item = index / row_tiles;
+        if (is_gated()) {
+            constexpr int tiles = CTA_TILES / 2;
+            return (item * CLUSTER + rank) * tiles + slot % tiles;
+        }
+        return (item - target.first_item) * ITEM_TILES + rank * CTA_TILES + slot;
     }
-    __device__ __forceinline__ int first_row() const { return index % row_tiles * ROWS; }
 };
 
-// Fetches rows and weights of all chunks of the CTA's items. One warp.
+// Fetches rows and weights of all chunks of the CTA's items. One warp, of which a lane has a slot.
 template <int ROWS>
 __device__ __forceinline__ void fetch(const LinearManyArgs& args, Ring<ROWS> ring, int lane) {
     constexpr int half_bytes = ring.x_bytes / CLUSTER;
     const int64_t chunk_bytes = int64_t(args.row_stride) * CHUNK_ROW_BYTES;
+    const int slot = lane % CTA_TILES;
     for (Items<ROWS> items(args); items.has_item(); items.advance()) {
-        const LinearMatrix& target = items.target();
+        const LinearMatrix& target = items.target(slot);
         const TileMatrix& matrix = target.matrix;
-        const int first_tile = items.first_tile(target);
-        const int tiles = max(0, min(CTA_TILES, matrix.tiles - first_tile));
-        const bool has_tile = lane < tiles;
-        const int64_t tile = has_tile ? first_tile + lane : 0;
-        const uint8_t* weights = matrix.weights + tile * matrix.tile_units * BLOCK_UNIT_BYTES;
+        const int tile = items.tile(target, slot);
+        const bool has_tile = lane < CTA_TILES && tile < matrix.tiles;
+        const uint8_t* weights =
+            matrix.weights + int64_t(has_tile ? tile : 0) * matrix.tile_units * BLOCK_UNIT_BYTES;
         const uint8_t* x = reinterpret_cast<const uint8_t*>(target.x) +
                            int64_t(items.first_row()) * CHUNK_ROW_BYTES + items.rank * half_bytes;
+        int end = 0;
+        int bits = 0;
 #pragma unroll 1
         for (int block = 0; block < args.blocks; block += CHUNK_BLOCKS) {
-            const int end = min(block + CHUNK_BLOCKS, args.blocks);
-            const int begin_units = units_before(matrix, block);
-            const int bytes = (units_before(matrix, end) - begin_units) * BLOCK_UNIT_BYTES;
+            int units = 0;
+#pragma unroll
+            for (int i = 0; i < CHUNK_BLOCKS; ++i) {
+                if (block + i < args.blocks) {
+                    if (block + i >= end) bits = section_bits(matrix, block + i, end);
+                    units += bits;
+                }
+            }
+            const int bytes = has_tile ? units * BLOCK_UNIT_BYTES : 0;
+            const int all_bytes = __reduce_add_sync(0xffffffffu, bytes);
             ring.wait_empty();
             if (lane == 0) {
-                barrier_expect(ring.full(), ring.x_bytes + tiles * bytes);
+                barrier_expect(ring.full(), ring.x_bytes + all_bytes);
                 bulk_copy_to_both(ring.x() + items.rank * half_bytes, x, half_bytes, ring.full());
             }
             __syncwarp();
-            if (has_tile) {
-                bulk_copy(ring.weights(lane), weights + int64_t(begin_units) * BLOCK_UNIT_BYTES, bytes,
-                          ring.full());
-            }
+            if (has_tile) bulk_copy(ring.weights(slot), weights, bytes, ring.full());
+            weights += bytes;
             x += chunk_bytes;
             ring.advance();
         }
     }
 }
 
-// Prepares scales of all blocks of the CTA's items: a lane for each g of each tile.
+// Prepares scales of all blocks of the CTA's items: a lane for each g of each slot.
 template <int ROWS>
 __device__ __forceinline__ void prepare_scales(const LinearManyArgs& args, Ring<ROWS> ring,
                                                int lane) {
-    static_assert(CTA_TILES * 8 == WARP_LANES, "a lane for each g of each tile");
+    static_assert(CTA_TILES * 8 == WARP_LANES, "a lane for each g of each slot");
+    const int slot = lane / 8;
     const int g = lane % 8;
     for (Items<ROWS> items(args); items.has_item(); items.advance()) {
-        const LinearMatrix& target = items.target();
+        const LinearMatrix& target = items.target(slot);
         const TileMatrix& matrix = target.matrix;
-        const int tile = min(items.first_tile(target) + lane / 8, matrix.tiles - 1);
+        const int tile = min(items.tile(target, slot), matrix.tiles - 1);
         // Of the group that is next; groups follow each other.
         BlockInfo info = block_info(matrix, 0);
         RawScales raw = load_scales(matrix, tile, 0, g);
@@ -188,7 +209,7 @@ __device__ __forceinline__ void prepare_scales(const LinearManyArgs& args, Ring<
                     raw = load_scales(matrix, tile, min(info.group() + 1, matrix.groups - 1), g);
                     info = block_info(matrix, min(group_end, args.blocks - 1));
                 }
-                const uint32_t to = ring.scales(lane / 8) + i * SCALE_BYTES + g * sizeof(scales);
+                const uint32_t to = ring.scales(slot) + i * SCALE_BYTES + g * sizeof(scales);
                 scales[0].store(to);
                 scales[1].store(to + sizeof(HalfScales));
             }
@@ -358,21 +379,48 @@ __device__ __forceinline__ void store_four(const LinearManyArgs& args, float* ou
     }
 }
 
+// What makes results of a warp's sums: their factor, and the biases of its outputs g and g + 8.
+struct Finish {
+    float scale;
+    float bias[2];
+
+    // Of the half of a tile that begins at output `first`.
+    __device__ __forceinline__ Finish(const LinearMatrix& target, int first, int lane,
+                                      float factor) {
+        scale = target.matrix.scale * factor;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int output = first + 8 * i + lane / 4;
+            const bool has_bias = target.bias != nullptr && output < target.out_features;
+            bias[i] = has_bias ? __ldg(target.bias + output) * factor : 0.0f;
+        }
+    }
+
+    // Puts results of eight rows into a buffer, OUT_STRIDE floats to a row.
+    template <int COUNT>
+    __device__ __forceinline__ void put(const float (&sums)[COUNT], int eight, int lane,
+                                        float* buffer) const {
+        float* to = buffer + lane % 4 * 2 * OUT_STRIDE + lane / 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            to[8 * i] = fmaf(scale, sums[4 * eight + 2 * i], bias[i]);
+            to[8 * i + OUT_STRIDE] = fmaf(scale, sums[4 * eight + 2 * i + 1], bias[i]);
+        }
+    }
+};
+
+// A lane's four results of eight rows in a buffer, of row lane / 4.
+__device__ __forceinline__ float4 four_of(const float* buffer, int lane) {
+    return *reinterpret_cast<const float4*>(buffer + lane / 4 * OUT_STRIDE + lane % 4 * 4);
+}
+
 // A warp's sums of its half of a tile to where they belong, by way of shared memory: eight rows at a time.
 template <int ROWS>
 __device__ __forceinline__ void store_sums(const LinearManyArgs& args, const LinearMatrix& target,
                                            int first, int first_row, int lane, float* room,
                                            const float (&sums)[ROWS / 2]) {
     const int width = target.out_features;
-    const float factor = args.accumulate ? args.store_scale : 1.0f;
-    const float scale = target.matrix.scale * factor;
-    float bias[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int output = first + 8 * i + lane / 4;
-        const bool has_bias = target.bias != nullptr && output < width;
-        bias[i] = has_bias ? __ldg(target.bias + output) * factor : 0.0f;
-    }
+    const Finish finish(target, first, lane, args.accumulate ? args.store_scale : 1.0f);
     const int output = first + lane % 4 * 4;
     const int there = width - output;
     const bool is_wide = width % 4 == 0;
@@ -382,33 +430,73 @@ __device__ __forceinline__ void store_sums(const LinearManyArgs& args, const Lin
     for (int eight = 0; eight < ROWS / 8; ++eight) {
         // Two buffers, so that lanes meet once.
         float* buffer = room + eight % 2 * OUT_FLOATS;
-        float* to = buffer + lane % 4 * 2 * OUT_STRIDE + lane / 4;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            to[8 * i] = fmaf(scale, sums[4 * eight + 2 * i], bias[i]);
-            to[8 * i + OUT_STRIDE] = fmaf(scale, sums[4 * eight + 2 * i + 1], bias[i]);
-        }
+        finish.put(sums, eight, lane, buffer);
         __syncwarp();
-        const float* from = buffer + lane / 4 * OUT_STRIDE + lane % 4 * 4;
-        const float4 y = *reinterpret_cast<const float4*>(from);
+        const float4 y = four_of(buffer, lane);
         if (row < args.rows && there > 0) store_four(args, out, there, is_wide, y);
         row += 8;
         out += 8 * width;
     }
 }
 
+// Waits for the warp that has the same tile of the other of gate and up.
+__device__ __forceinline__ void meet_partner(int warp) {
+    asm volatile("bar.sync %0, 64;" ::"r"(1 + warp % (CONSUMERS / 2)) : "memory");
+}
+
+// Stores activation(gate) * up of a half of a tile: two warps, one of which has sums of the gate and the other of up,
+// put theirs into their rooms, 16 rows at a time, and each takes eight rows of both.
+template <int ROWS>
+__device__ __forceinline__ void store_gated(const LinearManyArgs& args, const LinearMatrix& target,
+                                            int first, int first_row, int warp, int lane,
+                                            float* rooms, const float (&sums)[ROWS / 2]) {
+    constexpr int ROOM_FLOATS = 2 * OUT_FLOATS;
+    const LinearMatrix& gate = args.matrices[0];
+    const int group = warp / (CONSUMERS / 2);
+    float* room = rooms + warp * ROOM_FLOATS;
+    const float* gate_room = rooms + warp % (CONSUMERS / 2) * ROOM_FLOATS + group * OUT_FLOATS;
+    const float* up_room = gate_room + CONSUMERS / 2 * ROOM_FLOATS;
+    const Finish finish(target, first, lane, 1.0f);
+    int row = first_row + 8 * group + lane / 4;
+    __half* out = reinterpret_cast<__half*>(gate.out) + int64_t(row) * gate.out_features + first +
+                  lane % 4 * 4;
+#pragma unroll
+    for (int eight = 0; eight < ROWS / 8; eight += 2) {
+        finish.put(sums, eight, lane, room);
+        finish.put(sums, eight + 1, lane, room + OUT_FLOATS);
+        meet_partner(warp);
+        const float4 g = four_of(gate_room, lane);
+        const float4 u = four_of(up_room, lane);
+        meet_partner(warp);
+        const auto gated = [&](float x, float y) { return __fmul_rn(activate_by_exponent(args.gate, x), y); };
+        const __half2 low = clamped_half2(gated(g.x, u.x), gated(g.y, u.y));
+        const __half2 high = clamped_half2(gated(g.z, u.z), gated(g.w, u.w));
+        if (row < args.rows) {
+            *reinterpret_cast<uint2*>(out) = make_uint2(reinterpret_cast<const uint32_t&>(low),
+                                                        reinterpret_cast<const uint32_t&>(high));
+        }
+        row += 16;
+        out += 16 * int64_t(gate.out_features);
+    }
+}
+
 // Multiplies all of the CTA's items. Eight warps.
 template <int ROWS>
 __device__ __forceinline__ void consume(const LinearManyArgs& args, Ring<ROWS> ring, int warp,
-                                        int lane, float* room) {
+                                        int lane, float* rooms) {
+    const int slot = warp / 2;
     for (Items<ROWS> items(args); items.has_item(); items.advance()) {
-        const LinearMatrix& target = items.target();
+        const LinearMatrix& target = items.target(slot);
         float sums[ROWS / 2];
         // A warp past the last tile multiplies what lies in the ring: its group needs it.
         multiply_item<ROWS>(target.matrix, ring, warp, lane, sums);
-        const int tile = items.first_tile(target) + warp / 2;
-        if (tile < target.matrix.tiles) {
-            const int first = tile * TILE_OUTPUTS + warp % 2 * HALF_OUTPUTS;
+        const int tile = items.tile(target, slot);
+        if (tile >= target.matrix.tiles) continue;
+        const int first = tile * TILE_OUTPUTS + warp % 2 * HALF_OUTPUTS;
+        if (items.is_gated()) {
+            store_gated<ROWS>(args, target, first, items.first_row(), warp, lane, rooms, sums);
+        } else {
+            float* room = rooms + warp * 2 * OUT_FLOATS;
             store_sums<ROWS>(args, target, first, items.first_row(), lane, room, sums);
         }
     }
@@ -440,7 +528,7 @@ __device__ __forceinline__ void multiply_many(const LinearManyArgs& args) {
     dependency_wait();
     if (warp < CONSUMERS) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        consume<ROWS>(args, ring, warp, lane, rooms + warp * 2 * OUT_FLOATS);
+        consume<ROWS>(args, ring, warp, lane, rooms);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         if (warp == CONSUMERS) {

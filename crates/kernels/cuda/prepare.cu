@@ -21,7 +21,7 @@
 constexpr int MOST_PREPARED = 3;
 
 struct PrepareArgs {
-    // f32 [rows, width]
+    // f32 [rows, width], or f16 where an entry's name says halves
     const float* x;
     // f32 [rows, width]: y is activation(gate) * x. Null: y is x. Without a norm only.
     const float* gate;
@@ -123,6 +123,12 @@ __device__ __forceinline__ void store_places(__half* out, int first, int width, 
     packed.x = *reinterpret_cast<uint32_t*>(&pairs[0]);
     packed.y = *reinterpret_cast<uint32_t*>(&pairs[1]);
     *reinterpret_cast<uint2*>(out) = packed;
+}
+
+// Elements `first..first + 4` of rows that are y already, in f16; past the width from 0.
+__device__ __forceinline__ uint2 load_halves(const PrepareArgs& args, int64_t row, int first) {
+    const __half* x = reinterpret_cast<const __half*>(args.x) + row * args.width + first;
+    return first < args.width ? *reinterpret_cast<const uint2*>(x) : make_uint2(0, 0);
 }
 
 // Elements `first..first + 4` of y without a norm.
@@ -275,8 +281,8 @@ __device__ __forceinline__ void prepare(const PrepareArgs& args) {
     store_places<Rows>(out, first, args.width, y);
 }
 
-// Without a norm, the row as fp16 in shared memory.
-template <typename Rows>
+// Without a norm, the row as fp16 in shared memory. HALVES: as it comes, its width a multiple of four.
+template <typename Rows, bool HALVES>
 __device__ __forceinline__ void prepare_gather(const PrepareArgs& args) {
     extern __shared__ float4 shared[];
     __half* staged = reinterpret_cast<__half*>(shared);
@@ -293,7 +299,11 @@ __device__ __forceinline__ void prepare_gather(const PrepareArgs& args) {
     // Places past the width are zeros; shared memory ends there.
 #pragma unroll 3
     for (int at = first; at < width; at += stride) {
-        store_places<PlainRows>(staged + at, at, width, load_input(args, row, at));
+        if (HALVES) {
+            *reinterpret_cast<uint2*>(staged + at) = load_halves(args, row, at);
+        } else {
+            store_places<PlainRows>(staged + at, at, width, load_input(args, row, at));
+        }
     }
     __syncthreads();
 #pragma unroll 2
@@ -354,10 +364,15 @@ extern "C" __global__ void __launch_bounds__(256)
 // Grid (rows, slices, outputs): each block knows the whole row and writes one slice of one output.
 extern "C" __global__ void __launch_bounds__(768, 2)
     oxl_prepare_gather(const __grid_constant__ PrepareArgs args) {
-    prepare_gather<PlainRows>(args);
+    prepare_gather<PlainRows, false>(args);
 }
 
 extern "C" __global__ void __launch_bounds__(768, 2)
     oxl_prepare_gather_chunks(const __grid_constant__ PrepareArgs args) {
-    prepare_gather<ChunkRows>(args);
+    prepare_gather<ChunkRows, false>(args);
+}
+
+extern "C" __global__ void __launch_bounds__(768, 2)
+    oxl_prepare_gather_halves(const __grid_constant__ PrepareArgs args) {
+    prepare_gather<ChunkRows, true>(args);
 }

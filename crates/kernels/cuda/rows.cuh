@@ -92,12 +92,8 @@ __device__ __forceinline__ __half2 clamped_half2(float low, float high) {
     return __hmax2_nan(__hmin2_nan(__floats2half2_rn(low, high), most), __hneg2(most));
 }
 
-// As the reference defines them; each is x times a number from 0 to 1 that does not cancel.
-__device__ __forceinline__ float activate(int activation, float x) {
-    if (activation == ACTIVATION_GELU_ERF) {
-        constexpr float INVERSE_SQRT_2 = 0.70710678f;
-        return __fmul_rn(__fmul_rn(0.5f, x), erfcf(__fmul_rn(-INVERSE_SQRT_2, x)));
-    }
+// SiLU and GELU's tanh, as the reference defines them: x times a number from 0 to 1 that does not cancel.
+__device__ __forceinline__ float activate_by_exponent(int activation, float x) {
     float exponent = -x;
     if (activation == ACTIVATION_GELU_TANH) {
         // 0.5 (1 + tanh z) = 1 / (1 + exp(-2 z)), z = sqrt(2 / pi) (x + 0.044715 x^3)
@@ -108,6 +104,15 @@ __device__ __forceinline__ float activate(int activation, float x) {
     }
     // An infinite power gives -0, as it should.
     return __fdividef(x, __fadd_rn(1.0f, expf(exponent)));
+}
+
+// Any of them; erf's likewise.
+__device__ __forceinline__ float activate(int activation, float x) {
+    if (activation == ACTIVATION_GELU_ERF) {
+        constexpr float INVERSE_SQRT_2 = 0.70710678f;
+        return __fmul_rn(__fmul_rn(0.5f, x), erfcf(__fmul_rn(-INVERSE_SQRT_2, x)));
+    }
+    return activate_by_exponent(activation, x);
 }
 
 }  // namespace oxl

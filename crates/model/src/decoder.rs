@@ -480,6 +480,8 @@ impl<D: Device> LayerPass<'_, D> {
             rows: self.rows,
         };
         let slots = [Slot::Gate, Slot::Up];
+        self.adapted
+            .announce_gate(self.spec.activation, self.workspace);
         self.adapted.norm_linears(&slots, args, self.workspace)
     }
 

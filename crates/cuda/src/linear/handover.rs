@@ -1,8 +1,9 @@
-//! What attention gives, made as the linear wants it that reads it: fp16 in its order. No kernel
-//! between the two has to do that; the numbers are those of `prepare.cu`.
+//! What an operation gives, made as the next one wants it; the numbers are those of `prepare.cu`.
+//! Attention leaves fp16 in the order of the linear that reads it, so that no kernel between the two has
+//! to do that; gate and up projections leave their gated product, a quarter of their bytes.
 
 use cudarc::driver::sys::CUdeviceptr;
-use oxllama_backend::LinearOutput;
+use oxllama_backend::{Activation, LinearOutput};
 
 use super::layout::BLOCK_INPUTS;
 use super::{CudaLinear, Order};
@@ -44,11 +45,21 @@ impl Made {
     }
 }
 
+/// `activation(gate) ⊙ up` as f16 `[rows, width]`, in the buffer that the gate was to go to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Gated {
+    pub(super) gate: CUdeviceptr,
+    pub(super) rows: usize,
+    pub(super) width: usize,
+}
+
 /// What passes between operations of a workspace.
 #[derive(Debug, Default)]
 pub(crate) struct Handover {
     reader: Option<Reader>,
     made: Option<Made>,
+    gate: Option<Activation>,
+    gated: Option<Gated>,
 }
 
 impl Handover {
@@ -63,10 +74,31 @@ impl Handover {
         });
     }
 
+    /// Takes note that the next operation is gate and up, and the activation.
+    pub(super) fn announce_gate(&mut self, activation: Activation) {
+        self.gate = Some(activation);
+    }
+
+    /// The activation, if this operation is gate and up.
+    pub(super) fn gate(&mut self) -> Option<Activation> {
+        self.gate.take()
+    }
+
+    /// Takes note of a gated product.
+    pub(super) fn leave_gated(&mut self, gated: Gated) {
+        self.gated = Some(gated);
+    }
+
+    /// Whether this is what the operation before has left.
+    pub(super) fn has_gated(&mut self, gated: Gated) -> bool {
+        self.gated.take() == Some(gated)
+    }
+
     /// Who reads what this operation gives. Whatever was made before has been read.
     pub(crate) fn reader(&mut self) -> Option<Reader> {
-        self.made = None;
-        self.reader.take()
+        let reader = self.reader.take();
+        *self = Self::default();
+        reader
     }
 
     /// Takes note of rows that the operation has made.
@@ -81,8 +113,8 @@ impl Handover {
         rows: &Prepare<'_>,
         linears: &[LinearOutput<'_, CudaLinear, CudaBuffer>],
     ) -> bool {
-        self.reader = None;
-        let made = self.made.take();
+        let made = self.made;
+        *self = Self::default();
         made.is_some_and(|made| made.serves(rows, linears))
     }
 }

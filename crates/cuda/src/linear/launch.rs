@@ -1,7 +1,7 @@
 //! Enqueues products of fp16 rows in packed order with loaded weights.
 
 use cudarc::driver::sys::CUdeviceptr;
-use oxllama_backend::{DeviceError, Store};
+use oxllama_backend::{Activation, DeviceError, Store};
 
 use super::blaslt::Product;
 use super::layout::{TILE_OUTPUTS, TileMatrix};
@@ -153,6 +153,15 @@ impl LinearMatrix {
     }
 }
 
+/// What becomes of products.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Finish {
+    Store(Store),
+    /// Of gate and up, `activation(gate) ⊙ up` goes to the gate's output as f16 `[rows, out_features]`
+    /// (`CudaDevice::can_gate`).
+    Gate(Activation),
+}
+
 /// `(1 if the output keeps its old contents, factor of the product)`
 pub(super) fn store_numbers(store: Store) -> (i32, f32) {
     match store {
@@ -205,7 +214,7 @@ impl CudaDevice {
         }
     }
 
-    /// `out ← store(W · x + bias)` for one to [`MOST_MATRICES`] matrices and `rows` rows each.
+    /// `out ← finish(W · x + bias)` for one to [`MOST_MATRICES`] matrices and `rows` rows each.
     ///
     /// # Safety
     /// The operands' addresses point to what they say, for `rows` rows, which lie as
@@ -214,16 +223,21 @@ impl CudaDevice {
         &self,
         operands: &[Operand<'_>],
         rows: usize,
-        store: Store,
+        finish: Finish,
         scratch: &LinearScratch,
     ) -> Result<(), DeviceError> {
+        if let Some(kernels) = &self.kernels().linear.many
+            && rows > FEW_ROWS
+        {
+            // SAFETY: the caller's promise; `row_layout` has so many rows in chunks.
+            return unsafe { self.multiply_many(kernels, operands, rows, finish) };
+        }
+        let Finish::Store(store) = finish else {
+            unreachable!("gated products of {rows} rows, which are no chunks");
+        };
         if rows <= FEW_ROWS {
             // SAFETY: the caller's promise.
             return unsafe { self.multiply_few(operands, rows, store, scratch) };
-        }
-        if let Some(kernels) = &self.kernels().linear.many {
-            // SAFETY: the caller's promise; `row_layout` has so many rows in chunks.
-            return unsafe { self.multiply_many(kernels, operands, rows, store) };
         }
         for operand in operands {
             // SAFETY: the caller's promise.

@@ -1,15 +1,16 @@
 //! Products of many rows with weights as they are stored, where a GPU has the kernels for it.
 
-use oxllama_backend::{DeviceError, Store};
+use oxllama_backend::DeviceError;
 
 use super::MOST_MATRICES;
-use super::launch::{LinearMatrix, Operand, store_numbers};
+use super::launch::{Finish, LinearMatrix, Operand, store_numbers};
 use super::layout::UNIT_BYTES;
 use crate::context::GpuInfo;
 use crate::device::CudaDevice;
 use crate::error::CudaUnavailable;
 use crate::launch::Launch;
 use crate::module::{Kernel, Modules};
+use crate::prepare::activation_number;
 
 /// Threads of a block of threads (CTA); `MANY_THREADS` in `linear_many.cu`.
 const THREADS: usize = 384;
@@ -38,6 +39,9 @@ const MOST_STAGES: usize = 16;
 /// Shared memory of a CTA that is not dynamic.
 const STATIC_SHARED_BYTES: usize = 11 * 1024;
 
+/// `NOT_GATED` in `linear_many.cu`.
+const NOT_GATED: i32 = -1;
+
 /// The ring begins at a multiple of this.
 const ALIGNMENT: usize = 1024;
 
@@ -63,7 +67,7 @@ struct LinearManyArgs {
     store_scale: f32,
     stages: i32,
     block_bytes: i32,
-    reserved: i32,
+    gate: i32,
     matrices: [LinearMatrix; MOST_MATRICES],
 }
 
@@ -138,7 +142,7 @@ impl Division {
 }
 
 impl CudaDevice {
-    /// `out ← store(W · x + bias)` for matrices that share rows `x`, which lie in chunks
+    /// `out ← finish(W · x + bias)` for matrices that share rows `x`, which lie in chunks
     /// (`RowLayout::Chunks`).
     ///
     /// # Safety
@@ -149,14 +153,22 @@ impl CudaDevice {
         kernels: &ManyKernels,
         operands: &[Operand<'_>],
         rows: usize,
-        store: Store,
+        finish: Finish,
     ) -> Result<(), DeviceError> {
-        let (accumulate, store_scale) = store_numbers(store);
+        let ((accumulate, store_scale), gate) = match finish {
+            Finish::Store(store) => (store_numbers(store), NOT_GATED),
+            Finish::Gate(activation) => ((0, 1.0), activation_number(activation)),
+        };
         let mut matrices = [LinearMatrix::default(); MOST_MATRICES];
         let mut items = 0;
         for (target, operand) in matrices.iter_mut().zip(operands) {
             *target = LinearMatrix::of(operand, items);
             items += operand.weights.layout.tiles.div_ceil(ITEM_TILES);
+        }
+        if gate != NOT_GATED {
+            // Half of an item's tiles are the gate's, the others those of up.
+            let tiles = operands[0].weights.layout.tiles;
+            items = tiles.div_ceil(ITEM_TILES / 2);
         }
         let bits = operands.iter().map(|operand| operand.weights.widest_bits);
         let bits = bits.max().unwrap_or(0) as usize;
@@ -172,7 +184,7 @@ impl CudaDevice {
             store_scale,
             stages: division.stages as i32,
             block_bytes: (bits * UNIT_BYTES) as i32,
-            reserved: 0,
+            gate,
             matrices,
         };
         let launch = Launch {

@@ -13,7 +13,9 @@ mod ranges;
 mod scratch;
 
 use cudarc::driver::sys::CUdeviceptr;
-use oxllama_backend::{DeviceError, GatedLinear, LinearOps, LinearOutput, NormLinears, Store};
+use oxllama_backend::{
+    Activation, DeviceError, GatedLinear, LinearOps, LinearOutput, NormLinears, Store,
+};
 use oxllama_format::{LinearHeader, LinearSource};
 use oxllama_memory::{Bytes, Reservation};
 
@@ -24,9 +26,10 @@ use crate::prepare::{MOST_PREPARED, Prepare, PreparedRows, RowLayout};
 use crate::step::CudaWorkspace;
 use crate::stream::PinnedBuffer;
 pub(crate) use blaslt::{BlasLt, Product};
+use handover::Gated;
 pub(crate) use handover::{Handover, Made, Reader};
 pub(crate) use launch::LinearKernels;
-use launch::Operand;
+use launch::{Finish, Operand};
 use layout::{Layout, TileMatrix};
 pub(crate) use load::LoaderPool;
 pub(crate) use many::ROWS_OF_CHUNK;
@@ -91,13 +94,13 @@ impl Orders {
 }
 
 impl CudaDevice {
-    /// `out_i ← store(W_i · x + bias_i)` for linears that read one input, which `rows` says how
+    /// `out_i ← finish(W_i · x + bias_i)` for linears that read one input, which `rows` says how
     /// to make unless the operation before has; its outputs and padding are filled in here.
     fn multiply_shared(
         &self,
         rows: Prepare<'_>,
         linears: &mut [LinearOutput<'_, CudaLinear, CudaBuffer>],
-        store: Store,
+        finish: Finish,
         workspace: &mut CudaWorkspace,
     ) -> Result<(), DeviceError> {
         let is_made = workspace.handover.has_made(&rows, linears);
@@ -124,7 +127,7 @@ impl CudaDevice {
             }
             let (group, later) = rest.split_at_mut(count);
             rest = later;
-            self.multiply_group((rows, is_made), &orders, group, &slots, store, scratch)?;
+            self.multiply_group((rows, is_made), &orders, group, &slots, finish, scratch)?;
         }
         Ok(())
     }
@@ -146,7 +149,7 @@ impl CudaDevice {
         orders: &Orders,
         group: &mut [LinearOutput<'_, CudaLinear, CudaBuffer>],
         slots: &[usize; MOST_MATRICES],
-        store: Store,
+        finish: Finish,
         scratch: &LinearScratch,
     ) -> Result<(), DeviceError> {
         let first = group[0].weights;
@@ -184,8 +187,28 @@ impl CudaDevice {
             if !is_made {
                 self.prepare(rows, &prepared[..orders.count])?;
             }
-            self.multiply(&operands[..group.len()], rows.rows, store, scratch)
+            self.multiply(&operands[..group.len()], rows.rows, finish, scratch)
         }
+    }
+}
+
+impl CudaDevice {
+    /// Whether gate and up can be multiplied in one launch that leaves their gated product.
+    fn can_gate(
+        &self,
+        linears: &[LinearOutput<'_, CudaLinear, CudaBuffer>],
+        rows: usize,
+        activation: Activation,
+    ) -> bool {
+        let [gate, up] = linears else {
+            return false;
+        };
+        let width = gate.weights.out_features;
+        self.row_layout(rows) == RowLayout::Chunks
+            && activation != Activation::GeluErf
+            && up.weights.out_features == width
+            && up.weights.order.is_same(&gate.weights.order)
+            && self.kernels().prepare.takes_halves(width)
     }
 }
 
@@ -199,6 +222,7 @@ fn plain_rows(x: &CudaBuffer, rows: usize, width: usize) -> Prepare<'_> {
         width,
         padded_width: 0,
         layout: RowLayout::Plain,
+        is_half: false,
     }
 }
 
@@ -262,7 +286,7 @@ impl LinearOps for CudaDevice {
         workspace: &mut CudaWorkspace,
     ) -> Result<(), DeviceError> {
         let rows = plain_rows(x, rows, output.weights.in_features);
-        self.multiply_shared(rows, &mut [output], store, workspace)
+        self.multiply_shared(rows, &mut [output], Finish::Store(store), workspace)
     }
 
     fn norm_linears(
@@ -277,11 +301,28 @@ impl LinearOps for CudaDevice {
             norm: args.norm,
             ..plain_rows(args.x, args.rows, first.weights.in_features)
         };
-        self.multiply_shared(rows, args.linears, Store::Overwrite, workspace)
+        let announced = workspace.handover.gate();
+        let gate = announced.filter(|&kind| self.can_gate(args.linears, args.rows, kind));
+        let Some(activation) = gate else {
+            let finish = Finish::Store(Store::Overwrite);
+            return self.multiply_shared(rows, args.linears, finish, workspace);
+        };
+        self.multiply_shared(rows, args.linears, Finish::Gate(activation), workspace)?;
+        let gate = &args.linears[0];
+        workspace.handover.leave_gated(Gated {
+            gate: gate.out.address(),
+            rows: args.rows,
+            width: gate.weights.out_features,
+        });
+        Ok(())
     }
 
     fn announce_reader(&self, weights: &CudaLinear, workspace: &mut CudaWorkspace) {
         workspace.handover.announce(weights);
+    }
+
+    fn announce_gate(&self, activation: Activation, workspace: &mut CudaWorkspace) {
+        workspace.handover.announce_gate(activation);
     }
 
     fn gated_linear(
@@ -289,14 +330,27 @@ impl LinearOps for CudaDevice {
         args: GatedLinear<'_, CudaLinear, CudaBuffer>,
         workspace: &mut CudaWorkspace,
     ) -> Result<(), DeviceError> {
-        let rows = Prepare {
-            gate: Some((args.activation, &*args.gate)),
-            ..plain_rows(args.up, args.rows, args.weights.in_features)
+        let width = args.weights.in_features;
+        let gated = Gated {
+            gate: args.gate.address(),
+            rows: args.rows,
+            width,
+        };
+        let rows = if workspace.handover.has_gated(gated) {
+            Prepare {
+                is_half: true,
+                ..plain_rows(args.gate, args.rows, width)
+            }
+        } else {
+            Prepare {
+                gate: Some((args.activation, &*args.gate)),
+                ..plain_rows(args.up, args.rows, width)
+            }
         };
         let output = LinearOutput {
             weights: args.weights,
             out: args.out,
         };
-        self.multiply_shared(rows, &mut [output], args.store, workspace)
+        self.multiply_shared(rows, &mut [output], Finish::Store(args.store), workspace)
     }
 }

@@ -1,6 +1,6 @@
 //! The linears of a layer for the rows of a step, with what adapters add.
 
-use oxllama_backend::{Device, GatedLinear, LinearOutput, NormLinears, Store};
+use oxllama_backend::{Activation, Device, GatedLinear, LinearOutput, NormLinears, Store};
 
 use super::{Delta, Group, ROW_BLOCK, Scratch, Slot, StageAdapters};
 use crate::ModelError;
@@ -20,6 +20,13 @@ impl<D: Device> AdaptedLayer<'_, D> {
     pub(crate) fn announce_reader(&self, weights: &D::Linear, workspace: &mut D::Workspace) {
         if self.groups.is_empty() {
             self.device.announce_reader(weights, workspace);
+        }
+    }
+
+    /// [`oxllama_backend::LinearOps::announce_gate`], where no adapter reads gate or up as well.
+    pub(crate) fn announce_gate(&self, activation: Activation, workspace: &mut D::Workspace) {
+        if self.groups.is_empty() {
+            self.device.announce_gate(activation, workspace);
         }
     }
 
