@@ -38,18 +38,41 @@ struct HalfScales {
     }
 };
 
-// Of both halves of a group.
-__device__ __forceinline__ void half_scales(const TileMatrix& matrix, int bits, RawScales raw,
-                                            BlockInfo info, HalfScales (&halves)[2]) {
-    float scales[4];
-    decode_scales(matrix, raw, info, scales);
+__device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
+    uint32_t product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+}
+
+// EXL2's scales f16((e + 1)^2 m) of the outputs g + 16 h and g + 16 h + 8, in the halves of a word: (e + 1)^2 is exact in
+// fp16, so that there is one rounding.
+__device__ __forceinline__ uint32_t exl2_factors(uint32_t codes, int h, uint32_t largest) {
+    constexpr uint32_t MINUS_1023 = 0xe3fee3feu;
+    codes >>= 8 * h;
+    const uint32_t two = (codes & 0xf) | (codes << 12 & 0xf0000);
+    const uint32_t root = add(two | MAGIC, MINUS_1023);
+    return times(times(root, root), largest);
+}
+
+// What makes weights of the codes of both halves of a lane's outputs in one group. Few instructions: whoever runs
+// this takes turns with warps that multiply.
+__device__ __forceinline__ void half_scales(const TileMatrix& matrix, RawScales raw, BlockInfo info,
+                                            HalfScales (&halves)[2]) {
+    const int bits = info.bits();
     const bool is_gptq = matrix.encoding == ENCODING_GPTQ;
+    const uint32_t largest = __byte_perm(info.end_and_scale, 0, 0x3232);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t zero = is_gptq ? raw.zeros >> (8 * i) & 0xff : 1u << (bits - 1);
-        halves[i / 2].offsets[i % 2] = magic_offset(half_field_bit(bits, i % 2), zero);
-        const __half2 factor = __float2half2_rn(scales[i]);
-        halves[i / 2].factors[i % 2] = reinterpret_cast<const uint32_t&>(factor);
+    for (int h = 0; h < 2; ++h) {
+        const uint32_t stored = h == 0 ? raw.scales.x : raw.scales.y;
+        const uint32_t two = is_gptq ? stored : exl2_factors(raw.scales.x, h, largest);
+        halves[h].factors[0] = __byte_perm(two, 0, 0x1010);
+        halves[h].factors[1] = __byte_perm(two, 0, 0x3232);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const uint32_t own_zero = raw.zeros >> (16 * h + 8 * i) & 0xff;
+            const uint32_t zero = is_gptq ? own_zero : 1u << (bits - 1);
+            halves[h].offsets[i] = magic_offset(half_field_bit(bits, i), zero);
+        }
     }
 }
 

@@ -139,11 +139,25 @@ struct Items {
     }
 };
 
+// Bytes of a tile's weights in the chunk that begins with a block, and before which block chunks that have as many
+// end.
+__device__ __forceinline__ int chunk_bytes_at(const TileMatrix& matrix, int block, int& end) {
+    int units = section_bits(matrix, block, end);
+    if (end >= block + CHUNK_BLOCKS) {
+        units *= 2;
+    } else {
+        int after;
+        if (end < matrix.blocks) units += section_bits(matrix, end, after);
+        end = block + CHUNK_BLOCKS;
+    }
+    return units * BLOCK_UNIT_BYTES;
+}
+
 // Fetches rows and weights of all chunks of the CTA's items. One warp, of which a lane has a slot.
 template <int ROWS>
 __device__ __forceinline__ void fetch(const LinearManyArgs& args, Ring<ROWS> ring, int lane) {
     constexpr int half_bytes = ring.x_bytes / CLUSTER;
-    const int64_t chunk_bytes = int64_t(args.row_stride) * CHUNK_ROW_BYTES;
+    const int64_t x_stride = int64_t(args.row_stride) * CHUNK_ROW_BYTES;
     const int slot = lane % CTA_TILES;
     for (Items<ROWS> items(args); items.has_item(); items.advance()) {
         const LinearMatrix& target = items.target(slot);
@@ -154,20 +168,16 @@ __device__ __forceinline__ void fetch(const LinearManyArgs& args, Ring<ROWS> rin
             matrix.weights + int64_t(has_tile ? tile : 0) * matrix.tile_units * BLOCK_UNIT_BYTES;
         const uint8_t* x = reinterpret_cast<const uint8_t*>(target.x) +
                            int64_t(items.first_row()) * CHUNK_ROW_BYTES + items.rank * half_bytes;
+        int bytes = 0;
+        int all_bytes = 0;
         int end = 0;
-        int bits = 0;
 #pragma unroll 1
         for (int block = 0; block < args.blocks; block += CHUNK_BLOCKS) {
-            int units = 0;
-#pragma unroll
-            for (int i = 0; i < CHUNK_BLOCKS; ++i) {
-                if (block + i < args.blocks) {
-                    if (block + i >= end) bits = section_bits(matrix, block + i, end);
-                    units += bits;
-                }
+            if (block + CHUNK_BLOCKS > end) {
+                bytes = has_tile ? chunk_bytes_at(matrix, block, end) : 0;
+                all_bytes = __reduce_add_sync(0xffffffffu, bytes);
+                end = __reduce_min_sync(0xffffffffu, has_tile ? end : args.blocks);
             }
-            const int bytes = has_tile ? units * BLOCK_UNIT_BYTES : 0;
-            const int all_bytes = __reduce_add_sync(0xffffffffu, bytes);
             ring.wait_empty();
             if (lane == 0) {
                 barrier_expect(ring.full(), ring.x_bytes + all_bytes);
@@ -176,7 +186,7 @@ __device__ __forceinline__ void fetch(const LinearManyArgs& args, Ring<ROWS> rin
             __syncwarp();
             if (has_tile) bulk_copy(ring.weights(slot), weights, bytes, ring.full());
             weights += bytes;
-            x += chunk_bytes;
+            x += x_stride;
             ring.advance();
         }
     }
@@ -204,7 +214,7 @@ __device__ __forceinline__ void prepare_scales(const LinearManyArgs& args, Ring<
 #pragma unroll
             for (int i = 0; i < CHUNK_BLOCKS; ++i) {
                 if (block + i == group_end && group_end < args.blocks) {
-                    half_scales(matrix, info.bits(), raw, info, scales);
+                    half_scales(matrix, raw, info, scales);
                     group_end = info.group_end();
                     raw = load_scales(matrix, tile, min(info.group() + 1, matrix.groups - 1), g);
                     info = block_info(matrix, min(group_end, args.blocks - 1));

@@ -15,7 +15,7 @@ use crate::{Activation, Device, GatedLinear, LinearOutput, NormLinears, Store};
 const MOST_ROWS: usize = 33;
 
 /// Rows of a prompt: backends may have other ways for so many.
-const MANY_ROWS: [usize; 3] = [129, 200, 321];
+const MANY_ROWS: [usize; 3] = [65, 200, 321];
 
 /// Rows of a prompt that are normed or gated.
 const PROMPT_ROWS: usize = 150;

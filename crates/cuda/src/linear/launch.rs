@@ -7,7 +7,7 @@ use super::blaslt::Product;
 use super::layout::{TILE_OUTPUTS, TileMatrix};
 use super::many::ManyKernels;
 use super::plan::{Division, Kind, LaunchShape, Limits, ROWS_OF_TILE, most_shared_bytes};
-use super::scratch::{FEW_ROWS, LinearScratch, ManyRows};
+use super::scratch::{LinearScratch, ManyRows};
 use super::{CudaLinear, MOST_MATRICES};
 use crate::context::GpuInfo;
 use crate::device::CudaDevice;
@@ -91,7 +91,7 @@ pub(crate) struct LinearKernels {
     few: Kernel,
     /// Up to 8, 16, 24 and 32 rows.
     parts: [Kernel; 4],
-    /// More than [`FEW_ROWS`], where there are such kernels.
+    /// More than [`ManyRows::few_rows`], where there are such kernels.
     pub(super) many: Option<ManyKernels>,
     dequantise: Kernel,
     add_bias: Kernel,
@@ -196,14 +196,13 @@ fn matrices_of(
 impl CudaDevice {
     /// How products take so many rows.
     pub(crate) fn row_layout(&self, rows: usize) -> RowLayout {
-        if rows > FEW_ROWS && self.many_rows() == ManyRows::Stored {
-            RowLayout::Chunks
-        } else {
-            RowLayout::Plain
+        match self.many_rows() {
+            ManyRows::Stored if rows > ManyRows::Stored.few_rows() => RowLayout::Chunks,
+            _ => RowLayout::Plain,
         }
     }
 
-    /// How products of more than [`FEW_ROWS`] rows are computed.
+    /// How products of more than [`ManyRows::few_rows`] rows are computed.
     pub(crate) fn many_rows(&self) -> ManyRows {
         if self.kernels().linear.many.is_some() {
             ManyRows::Stored
@@ -227,15 +226,15 @@ impl CudaDevice {
         scratch: &LinearScratch,
     ) -> Result<(), DeviceError> {
         if let Some(kernels) = &self.kernels().linear.many
-            && rows > FEW_ROWS
+            && self.row_layout(rows) == RowLayout::Chunks
         {
-            // SAFETY: the caller's promise; `row_layout` has so many rows in chunks.
+            // SAFETY: the caller's promise.
             return unsafe { self.multiply_many(kernels, operands, rows, finish) };
         }
         let Finish::Store(store) = finish else {
             unreachable!("gated products of {rows} rows, which are no chunks");
         };
-        if rows <= FEW_ROWS {
+        if rows <= self.many_rows().few_rows() {
             // SAFETY: the caller's promise.
             return unsafe { self.multiply_few(operands, rows, store, scratch) };
         }

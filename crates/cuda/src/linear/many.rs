@@ -49,7 +49,7 @@ const ALIGNMENT: usize = 1024;
 const ITEM_ROWS: [usize; 3] = [64, 128, 256];
 
 /// What an item costs by each kernel, in the same unit: weights are taken apart for few rows as for many.
-const ITEM_COSTS: [usize; 3] = [12, 13, 17];
+const ITEM_COSTS: [usize; 3] = [12, 13, 18];
 
 /// Rows of a chunk in memory are a multiple of this, so that every kernel's items are there as a whole.
 pub(crate) const ROWS_OF_CHUNK: usize = 256;

@@ -35,7 +35,6 @@ pub(crate) use load::LoaderPool;
 pub(crate) use many::ROWS_OF_CHUNK;
 use order::Order;
 use plan::Plan;
-use scratch::FEW_ROWS;
 pub(crate) use scratch::{LIBRARY_BYTES, LinearScratch};
 
 /// Matrices of one launch; `MOST_MATRICES` in `linear.cu`.
@@ -108,7 +107,7 @@ impl CudaDevice {
         if rows.rows > scratch.rows {
             return Err(self.too_many_rows(rows.rows, scratch));
         }
-        let most_orders = if rows.rows > FEW_ROWS {
+        let most_orders = if rows.rows > self.many_rows().few_rows() {
             1
         } else {
             MOST_PREPARED

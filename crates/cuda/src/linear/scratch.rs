@@ -8,12 +8,7 @@ use super::plan::{most_partials, partial_bytes};
 use crate::prepare::{MOST_PREPARED, RowLayout};
 use crate::step::aligned;
 
-/// Rows up to which the kernels of few rows multiply, 32 at a time: four readings of 4-bit
-/// weights (later ones mostly from the second-level cache) are fewer bytes than unpacking them to
-/// fp16 and reading those.
-pub(crate) const FEW_ROWS: usize = 128;
-
-/// How products of more than [`FEW_ROWS`] rows are computed.
+/// How products of more than a few rows are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ManyRows {
     /// With weights as they are stored (`linear_many.cu`).
@@ -22,6 +17,19 @@ pub(crate) enum ManyRows {
     Unpacked,
     /// As few rows are, some at a time.
     Few,
+}
+
+impl ManyRows {
+    /// Rows up to which the kernels of few rows multiply, 32 at a time.
+    pub(crate) fn few_rows(self) -> usize {
+        match self {
+            // 96 rows of codellama-34b take 489 instead of 3 times 278 us a layer.
+            Self::Stored => 64,
+            // Four readings of 4-bit weights (later ones mostly from the second-level cache) are fewer
+            // bytes than unpacking them to fp16 and reading those.
+            Self::Unpacked | Self::Few => 128,
+        }
+    }
 }
 
 /// Most bytes of weights that are unpacked at a time.
@@ -49,9 +57,10 @@ impl Parts {
     fn of(shape: &WorkspaceShape, many_rows: ManyRows) -> Self {
         let inputs = shape.max_in_features.next_multiple_of(BLOCK_INPUTS);
         let outputs = shape.max_out_features.next_multiple_of(TILE_OUTPUTS);
-        // Several orders of inputs at a time up to FEW_ROWS, one above.
-        let rows = shape.rows.max(MOST_PREPARED * shape.rows.min(FEW_ROWS));
-        let has_many = shape.rows > FEW_ROWS;
+        // Several orders of inputs at a time of few rows, one of more.
+        let few_rows = many_rows.few_rows();
+        let rows = shape.rows.max(MOST_PREPARED * shape.rows.min(few_rows));
+        let has_many = shape.rows > few_rows;
         let chunk_elements = if has_many && many_rows == ManyRows::Stored {
             let layout = RowLayout::Chunks;
             layout.places(shape.rows, layout.padded_width(inputs))
@@ -117,8 +126,8 @@ impl LinearScratch {
         self.address + offset as u64
     }
 
-    /// Where fp16 rows of one order of inputs go; `slot` is 0 for more than [`FEW_ROWS`]. `None` if
-    /// there is no room.
+    /// Where fp16 rows of one order of inputs go; `slot` is 0 for more than a few
+    /// ([`ManyRows::few_rows`]). `None` if there is no room.
     pub(crate) fn activations(
         &self,
         slot: usize,
@@ -187,9 +196,9 @@ mod tests {
             let shape = shape(rows, inputs, 64);
             for many_rows in [ManyRows::Stored, ManyRows::Unpacked, ManyRows::Few] {
                 let scratch = LinearScratch::new(&shape, many_rows, 0);
-                for rows in [1, 2, 8, 33, FEW_ROWS, rows] {
+                for rows in [1, 2, 8, 33, 64, 128, rows] {
                     if rows <= shape.rows {
-                        let is_many = rows > FEW_ROWS;
+                        let is_many = rows > many_rows.few_rows();
                         let layout = match many_rows {
                             ManyRows::Stored if is_many => RowLayout::Chunks,
                             _ => RowLayout::Plain,
@@ -215,7 +224,7 @@ mod tests {
     #[test]
     fn unpacked_weights_are_at_least_a_tile_and_at_most_the_widest_matrix() {
         let tiles = |inputs, outputs| {
-            let shape = shape(FEW_ROWS + 1, inputs, outputs);
+            let shape = shape(129, inputs, outputs);
             let scratch = LinearScratch::new(&shape, ManyRows::Unpacked, 0);
             let padded = inputs.next_multiple_of(32);
             (scratch.unpacked(padded).1, scratch.parts.unpacked_bytes)
@@ -224,7 +233,7 @@ mod tests {
         assert_eq!(tiles(64, 96), (3, 96 * 64 * 2));
         assert_eq!(tiles(1 << 21, 64).0, 1);
         for (rows, many_rows) in [
-            (FEW_ROWS, ManyRows::Unpacked),
+            (128, ManyRows::Unpacked),
             (2048, ManyRows::Stored),
             (2048, ManyRows::Few),
         ] {
