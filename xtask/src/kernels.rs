@@ -56,7 +56,9 @@ pub(crate) fn kernels(list: Option<&str>) -> Result<()> {
     print(&table(&outcomes));
     for unit in &units {
         let compiled = outcomes.iter().filter(|outcome| outcome.unit == unit.name);
-        failures.extend(compiled.flat_map(|outcome| faults(outcome, &unit.kernels())));
+        failures.extend(
+            compiled.flat_map(|outcome| faults(outcome, &unit.kernels_on(&outcome.target))),
+        );
     }
     failures.extend(sizes(&outcomes));
     let seconds = started.elapsed().as_secs_f64();
@@ -179,7 +181,7 @@ fn aligned<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
     text
 }
 
-/// What is wrong with an image that compiled: `kernels` are those that its source declares.
+/// What is wrong with an image that compiled: `kernels` are those that its source declares for it.
 fn faults(outcome: &Outcome, kernels: &[String]) -> Vec<String> {
     let Outcome { unit, target, .. } = outcome;
     let mut faults = Vec::new();

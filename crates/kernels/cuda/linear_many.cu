@@ -556,15 +556,22 @@ __device__ __forceinline__ void multiply_many(const LinearManyArgs& args) {
 
 // Grid: multiprocessors, in clusters of two, at most one cluster a pair of an item and ROWS rows. Dynamic shared memory:
 // 1,024 bytes and `stages` times ROWS * 128 + 2,048 + 8 * block_bytes.
-#define OXL_LINEAR_MANY(rows)                                                        \
-    extern "C" __global__ void __cluster_dims__(oxl::CLUSTER, 1, 1)                   \
-        __launch_bounds__(oxl::MANY_THREADS, 1)                                      \
-            oxl_linear_many_##rows(const __grid_constant__ LinearManyArgs args) {    \
-        oxl::multiply_many<rows>(args);                                              \
-    }
+extern "C" __global__ void __cluster_dims__(oxl::CLUSTER, 1, 1)
+    __launch_bounds__(oxl::MANY_THREADS, 1)
+        oxl_linear_many_64(const __grid_constant__ LinearManyArgs args) {
+    oxl::multiply_many<64>(args);
+}
 
-OXL_LINEAR_MANY(64)
-OXL_LINEAR_MANY(128)
-OXL_LINEAR_MANY(256)
+extern "C" __global__ void __cluster_dims__(oxl::CLUSTER, 1, 1)
+    __launch_bounds__(oxl::MANY_THREADS, 1)
+        oxl_linear_many_128(const __grid_constant__ LinearManyArgs args) {
+    oxl::multiply_many<128>(args);
+}
+
+extern "C" __global__ void __cluster_dims__(oxl::CLUSTER, 1, 1)
+    __launch_bounds__(oxl::MANY_THREADS, 1)
+        oxl_linear_many_256(const __grid_constant__ LinearManyArgs args) {
+    oxl::multiply_many<256>(args);
+}
 
 #endif

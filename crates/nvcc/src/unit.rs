@@ -30,7 +30,20 @@ impl UnitSource {
         let entries = self.text().split("extern \"C\" __global__").skip(1);
         entries.filter_map(entry_name).collect()
     }
+
+    /// Names of the kernels that `target` has: all, or none where the unit is made of another
+    /// target's own instructions.
+    pub fn kernels_on(&self, target: &str) -> Vec<String> {
+        let (condition, only_target) = HOPPER;
+        if target != only_target && self.text().contains(condition) {
+            return Vec::new();
+        }
+        self.kernels()
+    }
 }
+
+/// What the compiler defines for the one target that has Hopper's own instructions, and that target.
+const HOPPER: (&str, &str) = ("#if defined(__CUDA_ARCH_FEAT_SM90_ALL)", "sm_90a");
 
 /// The last word before the parameters of what follows `__global__`.
 fn entry_name(declaration: &str) -> Option<String> {
@@ -139,14 +152,20 @@ mod tests {
              extern \"C\" __global__ void\n__launch_bounds__(4 * (32), 2) oxl_second(SecondArgs args) {}\n\
              extern \"C\" __global__ __launch_bounds__(32) void third (int n) {}\n",
         );
-        write("two.cu", "");
+        write(
+            "two.cu",
+            "#if defined(__CUDA_ARCH_FEAT_SM90_ALL)\n\
+             extern \"C\" __global__ void fourth(int n) {}\n#endif\n",
+        );
         let units = units(folder.path()).expect("readable");
         let names: Vec<_> = units.iter().map(|unit| &*unit.name).collect();
         assert_eq!(names, ["one", "two"]);
         let texts: Vec<_> = units[0].texts.keys().map(|name| &**name).collect();
         assert_eq!(texts, ["a.cuh", "b.cuh", "one.cu"]);
         assert_eq!(units[0].kernels(), ["oxl_first", "oxl_second", "third"]);
-        assert_eq!(units[1].kernels(), [""; 0]);
+        assert_eq!(units[0].kernels_on("sm_80"), units[0].kernels());
+        assert_eq!(units[1].kernels_on("sm_90a"), ["fourth"]);
+        assert_eq!(units[1].kernels_on("sm_80"), [""; 0]);
         assert_eq!(headers(folder.path()).expect("readable").len(), 3);
     }
 }
