@@ -7,8 +7,9 @@ namespace oxl {
 
 constexpr int CHUNK_INPUTS = 64;
 
-// The input at a stored place, and the place of an input: both are this exchange within a block of 32 (tiles.cuh). A lane of
-// a warp has inputs 8 t .. 8 t + 7 in pairs p, where the tensor core's A has pairs p of all t after each other.
+// The input at a stored place, and the place of an input: both are this exchange within a block of 32 (tiles.cuh).
+// A lane of a warp has inputs 8 t .. 8 t + 7 in pairs p, where the tensor core's A has pairs p of all t after each
+// other.
 __device__ __forceinline__ constexpr int chunk_place(int at) {
     return (at & ~31) | (at & 1) | (at >> 1 & 3) << 3 | (at >> 3 & 3) << 1;
 }

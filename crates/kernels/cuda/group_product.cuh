@@ -23,8 +23,9 @@ __device__ __forceinline__ void group_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
 }
 
-// Describes B in shared memory: rows (columns of B) of 128 bytes, 64 halves of k, eight rows after each other, whose 16-byte
-// pieces lie at piece ^ row % 8. `place` is that of the first of 16 k, in rows that begin at a multiple of 1,024 bytes.
+// Describes B in shared memory: rows (columns of B) of 128 bytes, 64 halves of k, eight rows after each other,
+// whose 16-byte pieces lie at piece ^ row % 8. `place` is that of the first of 16 k, in rows that begin at a
+// multiple of 1,024 bytes.
 __device__ __forceinline__ uint64_t describe_rows(uint32_t place) {
     constexpr uint64_t SWIZZLED_128 = uint64_t(1) << 62;
     constexpr uint64_t EIGHT_ROWS = uint64_t(1024 / 16) << 32;

@@ -44,8 +44,8 @@ __device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
     return product;
 }
 
-// EXL2's scales f16((e + 1)^2 m) of the outputs g + 16 h and g + 16 h + 8, in the halves of a word: (e + 1)^2 is exact in
-// fp16, so that there is one rounding.
+// EXL2's scales f16((e + 1)^2 m) of the outputs g + 16 h and g + 16 h + 8, in the halves of a word: (e + 1)^2 is
+// exact in fp16, so that there is one rounding.
 __device__ __forceinline__ uint32_t exl2_factors(uint32_t codes, int h, uint32_t largest) {
     constexpr uint32_t MINUS_1023 = 0xe3fee3feu;
     codes >>= 8 * h;
@@ -96,6 +96,19 @@ __device__ __forceinline__ uint32_t load_one(uint32_t place) {
     uint32_t word;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(place));
     return word;
+}
+
+// `moved_fields` beside bits of another number: one operation after the shift, which the compiler makes two of
+// where it knows the number.
+__device__ __forceinline__ uint32_t moved_fields(uint32_t word, int bits, int from, int to,
+                                                 uint32_t beside) {
+    word = from < to ? word << (to - from) : word >> (from - to);
+    constexpr int AND_OR = 0xea;
+    uint32_t joined;
+    asm("lop3.b32 %0, %1, %2, %3, %4;"
+        : "=r"(joined)
+        : "r"(word), "r"(in_halves((1u << bits) - 1, to)), "r"(beside), "n"(AND_OR));
+    return joined;
 }
 
 // The codes of a lane in 1024 + code 2^f, f = `half_field_bit`, of `BITS` 2 to 6. `place`: of the block in shared

@@ -191,19 +191,6 @@ __device__ __forceinline__ uint32_t moved_fields(uint32_t word, int bits, int fr
     return word & in_halves((1u << bits) - 1, to);
 }
 
-// The same beside bits of another number: one operation after the shift, which the compiler makes two of where
-// it knows the number.
-__device__ __forceinline__ uint32_t moved_fields(uint32_t word, int bits, int from, int to,
-                                                 uint32_t beside) {
-    word = from < to ? word << (to - from) : word >> (from - to);
-    constexpr int AND_OR = 0xea;
-    uint32_t joined;
-    asm("lop3.b32 %0, %1, %2, %3, %4;"
-        : "=r"(joined)
-        : "r"(word), "r"(in_halves((1u << bits) - 1, to)), "r"(beside), "n"(AND_OR));
-    return joined;
-}
-
 __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
     uint32_t result;
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));

@@ -12,34 +12,34 @@ use crate::launch::Launch;
 use crate::module::{Kernel, Modules};
 use crate::prepare::activation_number;
 
-/// Threads of a block of threads (CTA); `MANY_THREADS` in `linear_many.cu`.
+/// Threads of a block of threads (CTA); `MANY_THREADS` in `many.cuh`.
 const THREADS: usize = 384;
 
-/// CTAs of a cluster, which share rows; `CLUSTER` in `linear_many.cu`.
+/// CTAs of a cluster, which share rows; `CLUSTER` in `many.cuh`.
 const CLUSTER: usize = 2;
 
-/// Column tiles of a CTA; `CTA_TILES` in `linear_many.cu`.
+/// Column tiles of a CTA; `CTA_TILES` in `many.cuh`.
 const CTA_TILES: usize = 4;
 
 /// Column tiles of an item.
 const ITEM_TILES: usize = CLUSTER * CTA_TILES;
 
-/// Blocks of a chunk; `CHUNK_BLOCKS` in `linear_many.cu`.
+/// Blocks of a chunk; `CHUNK_BLOCKS` in `many.cuh`.
 const CHUNK_BLOCKS: usize = 2;
 
-/// Bytes of a row of a chunk; `CHUNK_ROW_BYTES` in `linear_many.cu`.
+/// Bytes of a row of a chunk; `CHUNK_ROW_BYTES` in `many.cuh`.
 const CHUNK_ROW_BYTES: usize = 128;
 
-/// Bytes of the scales of a chunk; `CHUNK_SCALE_BYTES` in `linear_many.cu`.
+/// Bytes of the scales of a chunk; `CHUNK_SCALE_BYTES` in `many.cuh`.
 const CHUNK_SCALE_BYTES: usize = CTA_TILES * CHUNK_BLOCKS * 256;
 
-/// Stages of the ring, at most; `MOST_STAGES` in `linear_many.cu`.
+/// Stages of the ring, at most; `MOST_STAGES` in `many.cuh`.
 const MOST_STAGES: usize = 16;
 
 /// Shared memory of a CTA that is not dynamic.
 const STATIC_SHARED_BYTES: usize = 11 * 1024;
 
-/// `NOT_GATED` in `linear_many.cu`.
+/// `NOT_GATED` in `many.cuh`.
 const NOT_GATED: i32 = -1;
 
 /// The ring begins at a multiple of this.
@@ -54,7 +54,7 @@ const ITEM_COSTS: [usize; 3] = [12, 13, 18];
 /// Rows of a chunk in memory are a multiple of this, so that every kernel's items are there as a whole.
 pub(crate) const ROWS_OF_CHUNK: usize = 256;
 
-/// `LinearManyArgs` of `linear_many.cu`.
+/// `LinearManyArgs` of `many.cuh`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 struct LinearManyArgs {
