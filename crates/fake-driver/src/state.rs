@@ -17,6 +17,7 @@ pub(crate) const OUT_OF_MEMORY: Code = 2;
 pub(crate) const NO_DEVICE: Code = 100;
 pub(crate) const INVALID_DEVICE: Code = 101;
 pub(crate) const INVALID_CONTEXT: Code = 201;
+pub(crate) const NOT_FOUND: Code = 500;
 pub(crate) const INVALID_HANDLE: Code = 400;
 pub(crate) const CAPTURE_UNSUPPORTED: Code = 900;
 
@@ -46,6 +47,8 @@ pub(crate) enum Kind {
     Function {
         module: usize,
         most_shared_bytes: u32,
+        /// Whether compute capability 9.0 alone has it.
+        is_hoppers: bool,
     },
     Graph {
         launches: usize,
@@ -100,6 +103,8 @@ pub(crate) struct State {
     has_fired: bool,
     calls_after_loss: Vec<String>,
     pub(crate) launches: u64,
+    /// Of kernels that compute capability 9.0 alone has.
+    pub(crate) hopper_launches: u64,
     /// What is enqueued besides kernels, and what is waited for, since that was asked for.
     trace: Option<Vec<String>>,
     /// Objects that were alive when the last holder of a healthy context let go of it.
@@ -160,6 +165,7 @@ impl State {
             has_fired: false,
             calls_after_loss: Vec::new(),
             launches: 0,
+            hopper_launches: 0,
             trace: None,
             leaked: 0,
             misuse: Vec::new(),
@@ -232,6 +238,7 @@ impl State {
             ("leaked", self.leaked),
             ("has_fired", usize::from(self.has_fired)),
             ("launches", self.launches as usize),
+            ("hopper_launches", self.hopper_launches as usize),
         ] {
             let _ = writeln!(text, "{key} {value}");
         }

@@ -3,7 +3,8 @@
 use std::ffi::{CStr, c_char, c_void};
 
 use crate::state::{
-    CAPTURE_UNSUPPORTED, Call, Code, INVALID_HANDLE, INVALID_VALUE, Kind, Object, State, call, give,
+    CAPTURE_UNSUPPORTED, Call, Code, INVALID_HANDLE, INVALID_VALUE, Kind, NOT_FOUND, Object, State,
+    call, give,
 };
 
 fn is_stream(kind: &Kind) -> bool {
@@ -245,16 +246,26 @@ unsafe extern "C" fn cuModuleGetFunction(
     call("cuModuleGetFunction", Call::Plain, |state| {
         state.object(module, is_module)?;
         // SAFETY: the caller's string.
-        if name.is_null() || unsafe { CStr::from_ptr(name) }.is_empty() {
+        let name = (!name.is_null()).then(|| unsafe { CStr::from_ptr(name) });
+        let Some(name) = name.filter(|name| !name.is_empty()) else {
             return Err(state.refuse(INVALID_VALUE, "a kernel without a name".to_owned()));
+        };
+        let is_hoppers = name.to_bytes().starts_with(HOPPERS);
+        if is_hoppers && state.capability != (9, 0) {
+            return Err(NOT_FOUND);
         }
         let kind = Kind::Function {
             module,
             most_shared_bytes: 48 << 10,
+            is_hoppers,
         };
         state.create(kind, function)
     })
 }
+
+/// What kernels' names begin with that are made of Hopper's own instructions: images for other GPUs
+/// do not have them.
+const HOPPERS: &[u8] = b"oxl_linear_many";
 
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`
 const SHARED_BYTES: u32 = 8;
@@ -295,11 +306,13 @@ unsafe extern "C" fn cuLaunchKernelEx(
         let config = unsafe { &*config };
         state.check_stream(config.stream)?;
         let kind = state.object(function, is_function)?.kind;
-        let most = match kind {
+        let (most, is_hoppers) = match kind {
             Kind::Function {
-                most_shared_bytes, ..
-            } => most_shared_bytes,
-            _ => 0,
+                most_shared_bytes,
+                is_hoppers,
+                ..
+            } => (most_shared_bytes, is_hoppers),
+            _ => (0, false),
         };
         let threads: u32 = config.block.iter().product();
         let [_, height, depth] = config.grid;
@@ -315,6 +328,7 @@ unsafe extern "C" fn cuLaunchKernelEx(
             return Err(state.refuse(INVALID_VALUE, what));
         }
         state.launches += 1;
+        state.hopper_launches += u64::from(is_hoppers);
         if let Kind::Stream {
             recording: Some(launches),
         } = &mut state.object(config.stream, is_stream)?.kind

@@ -68,14 +68,25 @@ pub(crate) fn books(devices: &[CudaDevice]) -> (Inventory, Ledger) {
 pub(crate) fn load(
     source: &ModelSource,
     devices: &[CudaDevice],
+    books: &(Inventory, Ledger),
+    split: Option<GpuSplit>,
+) -> Result<Decoder<CudaDevice>, ModelError> {
+    load_for(source, devices, books, split, 16)
+}
+
+/// The same for steps of up to so many tokens.
+pub(crate) fn load_for(
+    source: &ModelSource,
+    devices: &[CudaDevice],
     (inventory, ledger): &(Inventory, Ledger),
     split: Option<GpuSplit>,
+    chunk_tokens: u64,
 ) -> Result<Decoder<CudaDevice>, ModelError> {
     let spec = ModelSpec::from_config(source.config())?;
     let request = ModelRequest {
         context_tokens: Some(256),
-        chunk_tokens: 16,
-        logit_rows: 16,
+        chunk_tokens,
+        logit_rows: chunk_tokens,
         cache: CacheFormat::F16,
         policy: split.map_or(Policy::Fill, Policy::GpuSplit),
         excluded: inventory
@@ -109,7 +120,8 @@ pub(crate) fn decode(model: &mut dyn Runner) -> Result<(), ModelError> {
     (3..7).try_for_each(|position| step(model, &[5], position))
 }
 
-fn step(model: &mut dyn Runner, tokens: &[u32], first: usize) -> Result<(), ModelError> {
+/// Some tokens of one sequence, with the logits of all.
+pub(crate) fn step(model: &mut dyn Runner, tokens: &[u32], first: usize) -> Result<(), ModelError> {
     let pages = (first + tokens.len()).div_ceil(PAGE_TOKENS);
     let mut plan = StepPlan {
         pages_per_sequence: pages,
