@@ -105,10 +105,6 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-    return uint32_t(__cvta_generic_to_shared(pointer));
-}
-
 // Four 8 x 8 blocks of fp16; lane i names row i % 8 of block i / 8.
 __device__ __forceinline__ void load_blocks(uint32_t (&out)[4], uint32_t address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -6,10 +6,7 @@
 
 namespace oxl {
 
-// Every function takes addresses in shared memory as `shared_place` gives them.
-__device__ __forceinline__ uint32_t shared_place(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+// Every function takes addresses in shared memory as `shared_address` gives them.
 
 // Bytes of a barrier.
 constexpr int BARRIER_BYTES = 8;

@@ -23,6 +23,11 @@ constexpr int WARP_LANES = 32;
 // Tokens of one cache page; `oxllama_backend::PAGE_TOKENS`.
 constexpr int PAGE_TOKENS = 256;
 
+// Where something lies in shared memory, as instructions on it take it.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return uint32_t(__cvta_generic_to_shared(pointer));
+}
+
 // Waits until the kernels that this one depends on have finished and their writes are visible.
 // Every thread that reads or writes what another kernel of the step touches calls it before.
 // What no kernel writes during a step (weights) may be read earlier.

@@ -38,12 +38,6 @@ struct HalfScales {
     }
 };
 
-__device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
-    uint32_t product;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-    return product;
-}
-
 // EXL2's scales f16((e + 1)^2 m) of the outputs g + 16 h and g + 16 h + 8, in the halves of a word: (e + 1)^2 is
 // exact in fp16, so that there is one rounding.
 __device__ __forceinline__ uint32_t exl2_factors(uint32_t codes, int h, uint32_t largest) {
@@ -179,7 +173,7 @@ __device__ __forceinline__ void take_half(uint32_t place, int lane, int half,
     }
 }
 
-// Codes become weights, as `finish_weights` says.
+// Codes become weights (`finished`).
 template <int BITS>
 __device__ __forceinline__ void finish_half(const HalfScales& scales, HalfWeights& weights) {
     if constexpr (BITS != BITS_FLOAT) {

@@ -274,7 +274,9 @@ __device__ __forceinline__ void store_gated(const LinearManyArgs& args, const Li
         const float4 g = four_of(gate_room, lane);
         const float4 u = four_of(up_room, lane);
         meet_partner(warp);
-        const auto gated = [&](float x, float y) { return __fmul_rn(activate_by_exponent(args.gate, x), y); };
+        const auto gated = [&](float x, float y) {
+            return __fmul_rn(activate_by_exponent(args.gate, x), y);
+        };
         const __half2 low = clamped_half2(gated(g.x, u.x), gated(g.y, u.y));
         const __half2 high = clamped_half2(gated(g.z, u.z), gated(g.w, u.w));
         if (row < args.rows) {
@@ -315,8 +317,8 @@ __device__ __forceinline__ void multiply_many(const LinearManyArgs& args) {
     __shared__ __align__(16) float rooms[CONSUMERS * 2 * OUT_FLOATS];
     const int warp = warp_number();
     const int lane = lane_number();
-    const Ring<ROWS> ring = {shared_place(barriers),
-                             (shared_place(shared) + 1023) & ~1023u,
+    const Ring<ROWS> ring = {shared_address(barriers),
+                             (shared_address(shared) + 1023) & ~1023u,
                              CHUNK_BLOCKS * args.block_bytes,
                              args.stages,
                              0,

@@ -51,6 +51,10 @@ constexpr int BITS_FLOAT = 16;
 // Sections of one width that a quantised matrix may have: 8, 6, 5, 4, 3 and 2 bits in this order.
 constexpr int SECTIONS = 6;
 
+__device__ __forceinline__ constexpr int bits_of_section(int section) {
+    return section == 0 ? 8 : 7 - section;
+}
+
 // How the scales of a matrix are stored.
 constexpr int ENCODING_EXL2 = 0;
 constexpr int ENCODING_GPTQ = 1;
@@ -93,13 +97,12 @@ __device__ __forceinline__ int units_before(const TileMatrix& matrix, int block)
     if (matrix.encoding == ENCODING_FLOAT) {
         return block * BITS_FLOAT;
     }
-    constexpr int bits[SECTIONS] = {8, 6, 5, 4, 3, 2};
     int units = 0;
     int start = 0;
 #pragma unroll
     for (int i = 0; i < SECTIONS; ++i) {
         const int end = matrix.section_ends[i];
-        units += bits[i] * (min(block, end) - min(block, start));
+        units += bits_of_section(i) * (min(block, end) - min(block, start));
         start = end;
     }
     return units;
@@ -109,12 +112,11 @@ __device__ __forceinline__ int units_before(const TileMatrix& matrix, int block)
 __device__ __forceinline__ int section_bits(const TileMatrix& matrix, int block, int& end) {
     end = matrix.blocks;
     if (matrix.encoding == ENCODING_FLOAT) return BITS_FLOAT;
-    constexpr int bits[SECTIONS] = {8, 6, 5, 4, 3, 2};
-    int found = bits[SECTIONS - 1];
+    int found = bits_of_section(SECTIONS - 1);
 #pragma unroll
     for (int i = SECTIONS - 2; i >= 0; --i) {
         if (block < matrix.section_ends[i]) {
-            found = bits[i];
+            found = bits_of_section(i);
             end = matrix.section_ends[i];
         }
     }
@@ -195,6 +197,12 @@ __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
     uint32_t result;
     asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
     return result;
+}
+
+__device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
+    uint32_t product;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
 }
 
 // Adds a number to each of an output's codes, exactly: of subnormal numbers the sum is one.
@@ -305,10 +313,9 @@ __device__ __forceinline__ uint32_t magic_offset(int f, uint32_t zero) {
 __device__ __forceinline__ uint32_t finished(uint32_t pair, int f, uint32_t offset,
                                              uint32_t factor) {
     const uint32_t down = ((15u - f) << 10) * 0x10001u;
-    uint32_t weights;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(weights) : "r"(pair), "r"(down), "r"(offset));
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(weights) : "r"(weights), "r"(factor));
-    return weights;
+    uint32_t centred;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(centred) : "r"(pair), "r"(down), "r"(offset));
+    return times(centred, factor);
 }
 
 }  // namespace oxl

@@ -66,7 +66,7 @@ struct BlockReader {
 // Copies so many bytes: 8 or 16.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-    const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    const uint32_t place = shared_address(to);
     if constexpr (BYTES == 16) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
     } else {
@@ -76,7 +76,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
 
 // Copies a piece if `left` is positive.
 __device__ __forceinline__ void copy_async(char* to, const uint8_t* from, int left) {
-    const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    const uint32_t place = shared_address(to);
     asm volatile(
         "{\n\t"
         ".reg .pred is_asked;\n\t"
