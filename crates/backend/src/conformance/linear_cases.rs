@@ -8,21 +8,37 @@ use crate::NormKind;
 /// The bit widths of the format.
 const WIDTHS: [u32; 6] = [8, 6, 5, 4, 3, 2];
 
+/// A linear without a bias.
+pub(super) fn plain(stored: Stored, in_features: usize, out_features: usize) -> LinearCase {
+    LinearCase {
+        stored,
+        in_features,
+        out_features,
+        bias: false,
+    }
+}
+
+/// The same linears with biases.
+pub(super) fn with_bias<C: AsMut<[LinearCase]>>(mut linears: C) -> C {
+    linears
+        .as_mut()
+        .iter_mut()
+        .for_each(|linear| linear.bias = true);
+    linears
+}
+
 /// An EXL2 linear that these regions make up.
 pub(super) fn exl2(
     regions: Vec<Region>,
     out_features: usize,
     permutation_seed: Option<u64>,
 ) -> LinearCase {
-    LinearCase {
-        in_features: regions.iter().map(|region| region.rows).sum(),
-        out_features,
-        bias: false,
-        stored: Stored::Exl2 {
-            regions,
-            permutation_seed,
-        },
-    }
+    let in_features = regions.iter().map(|region| region.rows).sum();
+    let stored = Stored::Exl2 {
+        regions,
+        permutation_seed,
+    };
+    plain(stored, in_features, out_features)
 }
 
 /// Rows of one bit width.
@@ -175,12 +191,6 @@ fn exl2_cases() -> Vec<(String, LinearCase)> {
 
 /// The linears that are tried with the rows of a prompt.
 pub(super) fn many_rows() -> Vec<(&'static str, LinearCase)> {
-    let plain = |stored, in_features, out_features| LinearCase {
-        stored,
-        in_features,
-        out_features,
-        bias: false,
-    };
     let gptq = Stored::Gptq {
         group_size: 64,
         act_order: true,
@@ -234,15 +244,9 @@ pub(super) fn shared_inputs() -> Vec<SharedInput> {
             ),
         ]
     };
-    let with_bias = |mut linears: Vec<LinearCase>| {
-        linears.iter_mut().for_each(|linear| linear.bias = true);
-        linears
-    };
-    let plain = |stored: Stored, out_features| LinearCase {
-        stored,
-        in_features: 192,
-        out_features,
+    let biased = |stored, out_features| LinearCase {
         bias: true,
+        ..plain(stored, 192, out_features)
     };
     let gptq = Stored::Gptq {
         group_size: 64,
@@ -288,15 +292,18 @@ pub(super) fn shared_inputs() -> Vec<SharedInput> {
             "three formats",
             rms,
             vec![
-                plain(float(DType::BF16), 50),
-                plain(gptq, 96),
+                biased(float(DType::BF16), 50),
+                biased(gptq, 96),
                 typical(192, 64, 17),
             ],
         ),
         input(
             "plain",
             rms,
-            vec![plain(float(DType::F16), 193), plain(float(DType::F16), 37)],
+            vec![
+                biased(float(DType::F16), 193),
+                biased(float(DType::F16), 37),
+            ],
         ),
     ]
 }

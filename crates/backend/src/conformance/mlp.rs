@@ -2,7 +2,7 @@
 
 use oxllama_format::DType;
 
-use super::linear_cases::{exl2, float, region, typical};
+use super::linear_cases::{exl2, float, plain, region, typical, with_bias};
 use super::random::Random;
 use super::weights::{LinearCase, RandomLinear, Stored};
 use super::{Bench, CaseError, ConformanceError, Suite, differing_bits, oracle};
@@ -18,24 +18,13 @@ struct Mlp {
 }
 
 fn mlps() -> Vec<Mlp> {
-    let with_bias = |mut linears: [LinearCase; 3]| {
-        linears.iter_mut().for_each(|linear| linear.bias = true);
-        linears
-    };
-    let floats = |in_features, out_features| LinearCase {
-        stored: float(DType::F16),
-        in_features,
-        out_features,
-        bias: false,
-    };
-    let gptq = |in_features, out_features| LinearCase {
-        stored: Stored::Gptq {
+    let floats = |inputs, outputs| plain(float(DType::F16), inputs, outputs);
+    let gptq = |inputs, outputs| {
+        let stored = Stored::Gptq {
             group_size: 32,
             act_order: false,
-        },
-        in_features,
-        out_features,
-        bias: false,
+        };
+        plain(stored, inputs, outputs)
     };
     let narrow = vec![region(6, 96, 32), region(2, 128, 64)];
     vec![

@@ -196,10 +196,7 @@ fn matrices_of(
 impl CudaDevice {
     /// How products take so many rows.
     pub(crate) fn row_layout(&self, rows: usize) -> RowLayout {
-        match self.many_rows() {
-            ManyRows::Stored if rows > ManyRows::Stored.few_rows() => RowLayout::Chunks,
-            _ => RowLayout::Plain,
-        }
+        self.many_rows().layout(rows)
     }
 
     /// How products of more than [`ManyRows::few_rows`] rows are computed.

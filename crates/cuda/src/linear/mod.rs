@@ -131,6 +131,24 @@ impl CudaDevice {
         Ok(())
     }
 
+    /// Whether gate and up can be multiplied in one launch that leaves their gated product.
+    fn can_gate(
+        &self,
+        linears: &[LinearOutput<'_, CudaLinear, CudaBuffer>],
+        rows: usize,
+        activation: Activation,
+    ) -> bool {
+        let [gate, up] = linears else {
+            return false;
+        };
+        let width = gate.weights.out_features;
+        self.row_layout(rows) == RowLayout::Chunks
+            && activation != Activation::GeluErf
+            && up.weights.out_features == width
+            && up.weights.order.is_same(&gate.weights.order)
+            && self.kernels().prepare.takes_halves(width)
+    }
+
     fn too_many_rows(&self, found: usize, scratch: &LinearScratch) -> DeviceError {
         DeviceError::StepTooLarge {
             device: self.context().id().clone(),
@@ -188,26 +206,6 @@ impl CudaDevice {
             }
             self.multiply(&operands[..group.len()], rows.rows, finish, scratch)
         }
-    }
-}
-
-impl CudaDevice {
-    /// Whether gate and up can be multiplied in one launch that leaves their gated product.
-    fn can_gate(
-        &self,
-        linears: &[LinearOutput<'_, CudaLinear, CudaBuffer>],
-        rows: usize,
-        activation: Activation,
-    ) -> bool {
-        let [gate, up] = linears else {
-            return false;
-        };
-        let width = gate.weights.out_features;
-        self.row_layout(rows) == RowLayout::Chunks
-            && activation != Activation::GeluErf
-            && up.weights.out_features == width
-            && up.weights.order.is_same(&gate.weights.order)
-            && self.kernels().prepare.takes_halves(width)
     }
 }
 
