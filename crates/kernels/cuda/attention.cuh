@@ -8,8 +8,9 @@
 //  - A *piece* is `piece_tiles` tiles, at multiples of that; how many depends on how many tokens
 //    the row sees. A piece's parts are its tiles' folded in order (`fold`).
 //  - The result is the pieces folded in order, divided by the sum of weights.
-// Who computes which piece does not matter: the kernel that splits a sequence among blocks, the
-// kernel that walks through it, one row a tile or sixty-four all give the same bits.
+// Who computes which piece does not matter: blocks that share a sequence, one or all of them, give the same
+// bits, and so does the kernel that walks through a sequence for long runs of rows, up to MOST_PIECES tiles. Past
+// those it folds tile by tile still: two results of so many rows have no room in registers.
 //
 // Against exact arithmetic on what the cache holds: queries, weights and decoded values are
 // rounded to fp16 (2^-11 of each), sums are f32. The error of the result is below 2e-3 of its

@@ -44,10 +44,6 @@ struct WalkWarp {
         heads = queries.rows * args.heads_per_tile - first_m;
         const int last_row = min(queries.row(args, first_m + W::WARP_HEADS - 1), queries.rows - 1);
         last_position = queries.first_position + last_row;
-        clear();
-    }
-
-    __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int set = 0; set < SETS; ++set) {
             states[set] = {{nothing_seen(), nothing_seen()}};
@@ -241,25 +237,6 @@ struct WalkWarp {
         }
     }
 
-    // Folds the piece into the pieces before it, which lie where the result will. `wholes` is
-    // where the states of the block's heads lie meanwhile.
-    __device__ __forceinline__ void fold_piece(RowState* wholes, bool is_first) {
-#pragma unroll
-        for (int i = 0; i < 2 * SETS; ++i) {
-            RowState& state = states[i / 2].rows[i % 2];
-            RowState* place = wholes + head(i / 2, i % 2);
-            RowState whole = is_first ? nothing_seen() : *place;
-            const FoldFactors factors = fold_state(whole, state);
-            // All lanes of a row write the same, after they all have read.
-            __syncwarp();
-            *place = whole;
-            state = whole;
-            each_pair(i / 2, i % 2, [&](float* two, float2* place) {
-                fold_in_place(two, place, factors, is_first);
-            });
-        }
-    }
-
     // Divides by the sums of weights, rotates back and writes.
     __device__ __forceinline__ void finish() {
         const bool is_rotated = args.value_format >= FORMAT_Q8;
@@ -352,12 +329,11 @@ __device__ __forceinline__ void attend_walk(const AttendArgs& args) {
     using W = Walk<D>;
     // Later rows see more: the blocks of all their heads start first.
     const int blocks_of_tile = args.kv_heads * args.head_tiles;
-    WalkShared<D>& shared = *reinterpret_cast<WalkShared<D>*>(dynamic_shared);
-    const Block& block = shared.block;
+    Block& block = *reinterpret_cast<Block*>(dynamic_shared);
     if (threadIdx.x == 0) {
         const Queries queries(args, (gridDim.x - 1 - blockIdx.x) / blocks_of_tile,
                               blockIdx.x % blocks_of_tile);
-        shared.block = {queries, Span(args, queries)};
+        block = {queries, Span(args, queries)};
     }
     __syncthreads();
     const Queries& queries = block.queries;
@@ -367,7 +343,7 @@ __device__ __forceinline__ void attend_walk(const AttendArgs& args) {
     WalkTiles<D> tiles(args, block);
     const bool is_quantised = args.key_format >= FORMAT_Q8;
     // Offsets in shared memory.
-    constexpr int QUERIES = sizeof(WalkShared<D>);
+    constexpr int QUERIES = BLOCK_BYTES;
     constexpr int DECODED = QUERIES + W::QUERY_BYTES;
     constexpr int DECODED_VALUES = DECODED + (W::DECODED_TILES - 1) * W::TILE_BYTES;
     const int stages = DECODED + (is_quantised ? W::DECODED_TILES * W::TILE_BYTES : 0);
@@ -427,13 +403,6 @@ __device__ __forceinline__ void attend_walk(const AttendArgs& args) {
             __syncthreads();
             tiles.fill(base + stage, tile + 1);
             copies_commit();
-        }
-        // Where a piece is one tile, tiles are folded into the result; elsewhere into a piece,
-        // which is folded into the result then.
-        const bool is_last = tile == span.last_tile;
-        if (span.piece_tiles > 1 && (is_last || (tile + 1) % span.piece_tiles == 0)) {
-            warp.fold_piece(shared.wholes, tile / span.piece_tiles == span.first_piece);
-            if (!is_last) warp.clear();
         }
     }
     warp.finish();

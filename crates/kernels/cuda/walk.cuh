@@ -6,7 +6,7 @@
 
 namespace oxl {
 
-// Extents of a block. Its shared memory: `WalkShared`, queries, tiles decoded where the format is
+// Extents of a block. Its shared memory: `Block`, queries, tiles decoded where the format is
 // quantised, then one or two stages of keys and values, as pages hold them where it is.
 template <int D>
 struct Walk {
@@ -30,20 +30,9 @@ struct Block {
     Span span;
 };
 
-// Bytes of a block's shared memory for `Block`.
+// Bytes of a block's shared memory for `Block`, with which it begins.
 constexpr int BLOCK_BYTES = 128;
 static_assert(sizeof(Block) <= BLOCK_BYTES, "a block's own memory");
-
-// What a block's shared memory begins with.
-template <int D>
-struct WalkShared {
-    union {
-        Block block;
-        uint8_t bytes[BLOCK_BYTES];
-    };
-    // States of the block's heads over the pieces that have been folded.
-    RowState wholes[Walk<D>::HEADS];
-};
 
 // Where unit `unit` of row `row` lies.
 template <int D>

@@ -1,10 +1,11 @@
 //! A row that sees thousands of tokens: its bits are the same whether it is alone in its step, which a
 //! backend may share among many workers, has hundreds of neighbours, which leave one for it, or ends a
-//! long run of rows, which may be another kernel's.
+//! short run of rows. At the end of a long run, which may be another kernel's, it is the same but for rounding.
 
 use oxllama_memory::CacheFormat;
 
 use super::attention::{inverse_frequencies, pages_of};
+use super::oracle::worst_error;
 use super::random::Random;
 use super::{Bench, CaseError, ConformanceError, Suite, differing_bits};
 use crate::{
@@ -15,8 +16,12 @@ use crate::{
 const HEADS: usize = 2;
 const KV_HEADS: usize = 1;
 
-/// Rows of the run that ends the sequence.
-const RUN: usize = 40;
+/// Rows of the runs that end the sequence: of what a draft may have, and of a piece of a prompt.
+const SHORT_RUN: usize = 12;
+const LONG_RUN: usize = 40;
+
+/// What the order of sums may change in a result, of the largest.
+const TOLERANCE: f64 = 1e-5;
 
 /// One-token sequences beside the row.
 const NEIGHBOURS: usize = 300;
@@ -29,18 +34,19 @@ pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), Conformance
             (4_500, 64, Some(4_200)),
         ] {
             let seen = window.map_or(String::new(), |window| format!(" in a window of {window}"));
-            let name = format!(
-                "row independence: attention over {tokens} tokens{seen}, heads of {head_dim}, \
-                 {format}"
-            );
+            let name =
+                format!("attention over {tokens} tokens{seen}, heads of {head_dim}, {format}");
             let case = LongCase {
                 tokens,
                 head_dim,
                 window,
                 format,
             };
-            suite.case(name, 0.0, |bench| {
+            suite.case(format!("row independence: {name}"), 0.0, |bench| {
                 LongSequence::new(bench, case)?.differing()
+            })?;
+            suite.case(format!("long run: {name}"), TOLERANCE, |bench| {
+                LongSequence::new(bench, case)?.error_of_long_run()
             })?;
         }
     }
@@ -115,11 +121,9 @@ impl<'a, D: Device> LongSequence<'a, D> {
         })
     }
 
-    /// Numbers of the last row's result that differ between the ways to compute it.
-    fn differing(&mut self) -> Result<f64, CaseError> {
-        let pages: Vec<u32> = (0..pages_of(self.case.tokens) as u32).collect();
-        // What the pages hold does not matter: each is filled as if it were a sequence's only one.
-        for &page in &pages {
+    /// Fills the pages. What they hold does not matter: each is filled as if it were a sequence's only one.
+    fn fill(&mut self) -> Result<(), CaseError> {
+        for page in 0..pages_of(self.case.tokens) as u32 {
             let rows = (0..PAGE_TOKENS).map(|position| (0, position)).collect();
             self.step(&Rows {
                 rows,
@@ -128,30 +132,55 @@ impl<'a, D: Device> LongSequence<'a, D> {
                 pages_per_sequence: 1,
             })?;
         }
-        let tokens = self.case.tokens;
-        let last = tokens - 1;
-        let of_sequence = |rows: Vec<(usize, usize)>| Rows {
-            rows,
+        Ok(())
+    }
+
+    /// A step of the sequence's last rows.
+    fn last_rows(&self, count: usize) -> Rows {
+        let pages = pages_of(self.case.tokens);
+        Rows {
+            rows: (self.case.tokens - count..self.case.tokens)
+                .map(|position| (0, position))
+                .collect(),
             first_token: 0,
-            page_tables: pages.clone(),
-            pages_per_sequence: pages.len(),
-        };
-        let run = (tokens - RUN..tokens).map(|position| (0, position));
-        let width = HEADS * self.case.head_dim;
-        let run = self.step(&of_sequence(run.collect()))?;
-        let alone = self.step(&of_sequence(vec![(0, last)]))?;
-        let mut crowd = of_sequence(vec![(0, last)]);
+            page_tables: (0..pages as u32).collect(),
+            pages_per_sequence: pages,
+        }
+    }
+
+    /// The last row's result in a step of the last rows.
+    fn last_of(&mut self, count: usize) -> Result<Vec<f32>, CaseError> {
+        let mut out = self.step(&self.last_rows(count))?;
+        Ok(out.split_off((count - 1) * HEADS * self.case.head_dim))
+    }
+
+    /// Numbers of the last row's result that differ between the ways to compute it.
+    fn differing(&mut self) -> Result<f64, CaseError> {
+        self.fill()?;
+        // First, for it stores tokens anew.
+        let run = self.last_of(SHORT_RUN)?;
+        let alone = self.last_of(1)?;
+        let mut crowd = self.last_rows(1);
         for neighbour in 0..NEIGHBOURS {
             crowd.rows.push((neighbour + 1, 0));
-            crowd.page_tables.push((pages.len() + neighbour) as u32);
-            let others = pages.len() - 1;
+            let first = (crowd.pages_per_sequence + neighbour) as u32;
+            crowd.page_tables.push(first);
+            let others = crowd.pages_per_sequence - 1;
             crowd
                 .page_tables
                 .extend(std::iter::repeat_n(u32::MAX, others));
         }
         let crowd = self.step(&crowd)?;
-        Ok(differing_bits(&run[run.len() - width..], &alone)
-            + differing_bits(&crowd[..width], &alone))
+        Ok(differing_bits(&run, &alone) + differing_bits(&crowd[..alone.len()], &alone))
+    }
+
+    /// The largest difference between the last row's results alone and in a long run, of the largest number.
+    fn error_of_long_run(&mut self) -> Result<f64, CaseError> {
+        self.fill()?;
+        let run = self.last_of(LONG_RUN)?;
+        let alone = self.last_of(1)?;
+        let expected: Vec<f64> = alone.iter().map(|&x| f64::from(x)).collect();
+        Ok(worst_error(&run, &expected, expected.len()))
     }
 
     /// f32 `[rows, heads, head_dim]` of one step.

@@ -169,7 +169,7 @@ impl Ring {
             (true, _) => tile_bytes,
         };
         let heads = block_heads(padded);
-        let rest = WALK_BLOCK_BYTES + heads * 2 * (size_of::<f32>() + padded) + decoded;
+        let rest = WALK_BLOCK_BYTES + heads * 2 * padded + decoded;
         let slots = (shared_limit(gpu).checked_sub(rest)? / slot_bytes).min(2);
         (slots > 0).then_some(Self {
             slots,

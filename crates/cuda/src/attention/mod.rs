@@ -449,8 +449,7 @@ impl CudaDevice {
         unsafe { self.launch(of_format[extents.index], launch, &kernel_args) }
     }
 
-    /// Whether a multiprocessor has room for the splitting kernel; else all rows are walked through,
-    /// which gives the same bits.
+    /// Whether a multiprocessor has room for the splitting kernel; else all rows are walked through.
     fn can_split(&self, extents: &Extents) -> bool {
         let heads = HeadTiles::of(extents.group(), SPLIT_HEADS).heads_per_tile;
         [None, Some(heads)].into_iter().all(|heads| {

@@ -29,8 +29,8 @@ pub(super) fn block_heads(head_dim: usize) -> usize {
     }
 }
 
-/// Rows of a run up to which its sequence is split among blocks. What a row gives does not
-/// depend on this.
+/// Rows of a run up to which its sequence is split among blocks. What a row gives depends on this past
+/// [`MOST_PIECES`] tiles only.
 const MOST_SPLIT_RUN: usize = 16;
 
 /// Rows of one sequence whose positions follow each other, as the kernels take them.
@@ -147,9 +147,11 @@ impl Tiles {
         let mut row = run.start;
         while row < run.end {
             let position = first_position + row - run.start;
-            // Rows that the same rule cuts into pieces.
-            let alike = piece_tokens(position + 1) * MOST_PIECES - position;
-            let rows = rows_of_tile.min(run.end - row).min(alike);
+            let mut rows = rows_of_tile.min(run.end - row);
+            if is_split {
+                // Rows that the same rule cuts into pieces.
+                rows = rows.min(piece_tokens(position + 1) * MOST_PIECES - position);
+            }
             let partial_row = self
                 .tiles
                 .last()
@@ -216,7 +218,7 @@ fn run_end(positions: &[u32], row_sequences: &[u32], start: usize) -> usize {
         .unwrap_or(positions.len())
 }
 
-/// Tokens of a piece of a row that sees `tokens`; `Span::piece_tiles` in `attention.cuh`.
+/// Tokens of a piece of a row that sees `tokens` and is not walked; `Span::piece_tiles` in `attention.cuh`.
 fn piece_tokens(tokens: usize) -> usize {
     let mut piece = TILE_TOKENS;
     while piece * MOST_PIECES < tokens {
@@ -354,12 +356,14 @@ mod tests {
     }
 
     #[test]
-    fn no_tile_has_rows_of_different_pieces() {
-        let rows: Vec<_> = run(0, 4_000, 200).collect();
+    fn no_split_tile_has_rows_of_different_pieces() {
+        let rows: Vec<_> = run(0, 4_090, 12).collect();
         let tiles = cut(&rows, 1);
-        let firsts = extents(&tiles.all()[..tiles.walked()]);
-        // Positions 4000..4096 see up to 4096 tokens.
-        assert_eq!(firsts, [(0, 96, 0), (96, 104, 96)]);
+        // Positions 4090..4096 see up to 4096 tokens.
+        assert_eq!(extents(&tiles.all()[..2]), [(0, 6, 0), (6, 6, 6)]);
+        let rows: Vec<_> = run(0, 4_090, 120).collect();
+        let tiles = cut(&rows, 1);
+        assert_eq!(extents(&tiles.all()[..1]), [(0, 120, 0)]);
     }
 
     #[test]
@@ -371,7 +375,7 @@ mod tests {
             }
             let tiles = cut(&rows, group);
             let mut seen = vec![0; rows.len()];
-            for tile in tiles.all() {
+            for (index, tile) in tiles.all().iter().enumerate() {
                 let first = rows
                     .get(tile.first_row as usize)
                     .copied()
@@ -381,7 +385,8 @@ mod tests {
                     assert_eq!(rows[at], (first.0, first.1 + row));
                     seen[at] += 1;
                     let tokens = |position: u32| piece_tokens(position as usize + 1);
-                    assert_eq!(tokens(rows[at].1), tokens(first.1));
+                    let is_walked = index >= tiles.split();
+                    assert!(is_walked || tokens(rows[at].1) == tokens(first.1));
                 }
             }
             assert!(
