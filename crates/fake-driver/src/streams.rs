@@ -250,7 +250,8 @@ unsafe extern "C" fn cuModuleGetFunction(
         let Some(name) = name.filter(|name| !name.is_empty()) else {
             return Err(state.refuse(INVALID_VALUE, "a kernel without a name".to_owned()));
         };
-        let is_hoppers = name.to_bytes().starts_with(HOPPERS);
+        let name_bytes = name.to_bytes();
+        let is_hoppers = HOPPERS.iter().any(|&begins| name_bytes.starts_with(begins));
         if is_hoppers && state.capability != (9, 0) {
             return Err(NOT_FOUND);
         }
@@ -265,7 +266,7 @@ unsafe extern "C" fn cuModuleGetFunction(
 
 /// What kernels' names begin with that are made of Hopper's own instructions: images for other GPUs
 /// do not have them.
-const HOPPERS: &[u8] = b"oxl_linear_many";
+const HOPPERS: [&[u8]; 2] = [b"oxl_linear_many", b"oxl_attend_groups"];
 
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`
 const SHARED_BYTES: u32 = 8;

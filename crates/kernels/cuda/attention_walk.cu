@@ -136,32 +136,6 @@ struct WalkWarp {
         }
     }
 
-    // Weights as the a operand: what the lane has of the scores is what it needs of them.
-    __device__ __forceinline__ void weigh(const float (&s)[TILE / 8][4], RowState (&part)[2],
-                                          uint32_t (&weights)[4][4]) const {
-        float bases[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float largest = fmaxf(s[0][2 * half], s[0][2 * half + 1]);
-#pragma unroll
-            for (int n = 1; n < TILE / 8; ++n) {
-                largest = fmaxf(largest, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
-            }
-            part[half].largest = largest_of_row(largest);
-            bases[half] = finite_base(part[half].largest);
-        }
-#pragma unroll
-        for (int step = 0; step < TILE / 16; ++step) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float(&four)[4] = s[2 * step + i / 2];
-                const int half = i % 2;
-                weights[step][i] = weights_of(four[2 * half], four[2 * half + 1], bases[half]);
-            }
-        }
-        sum_weights(part, weights, TILE / 16);
-    }
-
     // The weights of a tile, and what its parts of the result are folded with.
     __device__ __forceinline__ void attend_keys(uint32_t keys, int tile,
                                                 uint32_t (&weights)[SETS][4][4],
@@ -173,7 +147,7 @@ struct WalkWarp {
         for (int set = 0; set < SETS; ++set) {
             RowState part[2] = {nothing_seen(), nothing_seen()};
             if (set * HEADS_OF_WARP < heads) {
-                weigh(s[set], part, weights[set]);
+                weigh_scores(s[set], part, weights[set]);
             } else {
 #pragma unroll
                 for (int i = 0; i < 16; ++i) weights[set][i / 4][i % 4] = 0;

@@ -1,11 +1,13 @@
 // Products of a warp group (four warps) on tensor cores, which go on by themselves while the warps do
-// something else: wgmma of compute capability 9.0, weights as A from registers, activations as B from
-// shared memory, sums in fp32.
+// something else: wgmma of compute capability 9.0, A from registers or shared memory, B from shared memory, sums in
+// fp32. They are bit for bit what as many mma.m16n8k16 one after the other give.
 #pragma once
 
 #include "common.cuh"
 
 namespace oxl {
+
+constexpr int GROUP_THREADS = 4 * WARP_LANES;
 
 // Registers that wgmma uses are written: products that follow may read them.
 __device__ __forceinline__ void group_fence() {
@@ -33,7 +35,18 @@ __device__ __forceinline__ uint64_t describe_rows(uint32_t place) {
     return SWIZZLED_128 | EIGHT_ROWS | UNUSED | (place & 0x3ffff) / 16;
 }
 
-// What brings such a description to 16 inputs that come so many steps later in the rows.
+// Describes B in shared memory whose rows are k: of 128 bytes, 64 columns, likewise; the next 64 columns lie
+// `columns_bytes` further. Sixteen k are two times eight rows.
+__device__ __forceinline__ uint64_t describe_columns(uint32_t place, uint32_t columns_bytes) {
+    constexpr uint64_t SWIZZLED_128 = uint64_t(1) << 62;
+    constexpr uint64_t EIGHT_ROWS = uint64_t(1024 / 16) << 32;
+    return SWIZZLED_128 | EIGHT_ROWS | uint64_t(columns_bytes / 16) << 16 | (place & 0x3ffff) / 16;
+}
+
+// What brings such a description to 16 rows that come so many steps later.
+__device__ __forceinline__ constexpr uint64_t next_rows(int steps) { return steps * 2048 / 16; }
+
+// What brings `describe_rows` to 16 inputs that come so many steps later in the rows.
 __device__ __forceinline__ constexpr uint64_t next_inputs(int steps) { return steps * 32 / 16; }
 
 // sums (+)= A B of 64 x 16 and 16 x ROWS. A's fragments are those of mma.m16n8k16, warp w having rows 16 w
@@ -115,6 +128,69 @@ struct GroupProduct<256> {
               OXL_SUMS_16(sums, 96),
               OXL_SUMS_16(sums, 112)
             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(int(adds)));
+    }
+};
+
+// sums (+)= A B likewise, of A in shared memory: 64 rows as `describe_rows` says.
+__device__ __forceinline__ void start_shared_product(float (&sums)[32], uint64_t a, uint64_t b,
+                                                     bool adds) {
+    asm volatile(
+        "{\n"
+        ".reg .pred adds;\n"
+        "setp.ne.b32 adds, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, adds, 1, 1, 0, 0;\n"
+        "}"
+        : OXL_SUMS_16(sums, 0),
+          OXL_SUMS_16(sums, 16)
+        : "l"(a), "l"(b), "r"(int(adds)));
+}
+
+// sums (+)= A B likewise, of B as `describe_columns` says: 64 x 16 and 16 x COLUMNS.
+template <int COLUMNS>
+struct ColumnProduct;
+
+template <>
+struct ColumnProduct<64> {
+    static __device__ __forceinline__ void start(float (&sums)[32], const uint32_t (&a)[4],
+                                                 uint64_t b, bool adds) {
+        asm volatile(
+            "{\n"
+            ".reg .pred adds;\n"
+            "setp.ne.b32 adds, %37, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+            "{%32, %33, %34, %35}, %36, adds, 1, 1, 1;\n"
+            "}"
+            : OXL_SUMS_16(sums, 0),
+              OXL_SUMS_16(sums, 16)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(adds)));
+    }
+};
+
+template <>
+struct ColumnProduct<128> {
+    static __device__ __forceinline__ void start(float (&sums)[64], const uint32_t (&a)[4],
+                                                 uint64_t b, bool adds) {
+        asm volatile(
+            "{\n"
+            ".reg .pred adds;\n"
+            "setp.ne.b32 adds, %69, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+            "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+            "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+            "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+            "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+            "{%64, %65, %66, %67}, %68, adds, 1, 1, 1;\n"
+            "}"
+            : OXL_SUMS_16(sums, 0),
+              OXL_SUMS_16(sums, 16),
+              OXL_SUMS_16(sums, 32),
+              OXL_SUMS_16(sums, 48)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(adds)));
     }
 };
 

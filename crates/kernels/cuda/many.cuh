@@ -4,6 +4,7 @@
 
 #include "bulk.cuh"
 #include "chunks.cuh"
+#include "group_product.cuh"
 #include "halves.cuh"
 #include "linear.cuh"
 
@@ -29,7 +30,6 @@ namespace oxl {
 
 constexpr int CLUSTER = 2;
 constexpr int CONSUMERS = 8;
-constexpr int GROUP_THREADS = 128;
 constexpr int MANY_THREADS = GROUP_THREADS + CONSUMERS * WARP_LANES;
 constexpr int CTA_TILES = CONSUMERS / 2;
 constexpr int ITEM_TILES = CLUSTER * CTA_TILES;

@@ -88,6 +88,32 @@ __device__ __forceinline__ int fresh_thread() {
     return index;
 }
 
+// Weights of a tile's scores as the a operand, and their sums: what the lane has of the scores is what it needs of them.
+__device__ __forceinline__ void weigh_scores(const float (&s)[TILE / 8][4], RowState (&part)[2],
+                                             uint32_t (&weights)[4][4]) {
+    float bases[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float largest = fmaxf(s[0][2 * half], s[0][2 * half + 1]);
+#pragma unroll
+        for (int n = 1; n < TILE / 8; ++n) {
+            largest = fmaxf(largest, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        }
+        part[half].largest = largest_of_row(largest);
+        bases[half] = finite_base(part[half].largest);
+    }
+#pragma unroll
+    for (int step = 0; step < TILE / 16; ++step) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float(&four)[4] = s[2 * step + i / 2];
+            const int half = i % 2;
+            weights[step][i] = weights_of(four[2 * half], four[2 * half + 1], bases[half]);
+        }
+    }
+    sum_weights(part, weights, TILE / 16);
+}
+
 // Copies 4 bytes, or writes zeros where the source is not to be read.
 __device__ __forceinline__ void copy_word_async(uint32_t to, const void* from, bool is_read) {
     const int bytes = is_read ? 4 : 0;

@@ -4,7 +4,7 @@ use oxllama_backend::quantised::GROUP;
 use oxllama_backend::{CacheShape, HeadLayout, PAGE_TOKENS, WorkspaceShape};
 use oxllama_memory::ElementFormat;
 
-use super::tiles::{SPLIT_HEADS, TILE_TOKENS, block_heads, most_pieces};
+use super::tiles::{BLOCK_HEADS, SPLIT_HEADS, TILE_TOKENS, block_heads, most_pieces};
 use crate::context::GpuInfo;
 use crate::step::aligned;
 
@@ -176,6 +176,18 @@ impl Ring {
             slot_bytes,
             shared_bytes: rest + slots * slot_bytes,
         })
+    }
+
+    /// For `attention_groups.cu`: stages as above, behind queries that begin at a multiple of 1,024 bytes.
+    pub(super) const fn groups(padded: usize) -> Self {
+        const SLOTS: usize = 4;
+        const ALIGNMENT: usize = 1024;
+        let slot_bytes = 2 * TILE_TOKENS * padded * 2;
+        Self {
+            slots: SLOTS,
+            slot_bytes,
+            shared_bytes: ALIGNMENT + BLOCK_HEADS * padded * 2 + SLOTS * slot_bytes,
+        }
     }
 
     /// As many stages of the splitting kernel as leave room for `blocks` blocks, or for fewer blocks

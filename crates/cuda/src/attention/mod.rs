@@ -1,10 +1,11 @@
 //! Attention over the paged cache.
 //!
-//! `cache.cu` norms and rotates heads and stores keys and values; then one of three kernels
+//! `cache.cu` norms and rotates heads and stores keys and values; then one of four kernels
 //! attends: `attention_split.cu` splits a sequence among blocks where it has few rows in the
-//! step, `attention_walk.cu` walks through it where it has many, and `attention_exact.cu` serves
-//! caches of f32. Where every sequence has one row, the first of them does it all. A row's bits
-//! depend on its own sequence alone, whichever of the first two computes it.
+//! step, `attention_walk.cu` walks through it where it has many, `attention_groups.cu` does that on
+//! Hopper for pages of fp16, and `attention_exact.cu` serves caches of f32. Where every sequence has
+//! one row, the first of them does it all. A row's bits depend on its own sequence alone, and up to
+//! 4,096 tokens not on which of the first three computes it.
 
 mod arguments;
 mod launch;
@@ -47,8 +48,11 @@ const CACHE_WARPS_OF_MULTIPROCESSOR: usize = 64;
 /// Dimensions of a head up to which `oxl_cache_128` keeps it.
 const SHORT_HEAD_DIM: usize = 128;
 
-/// Threads of a block of every kernel here.
+/// Threads of a block of every kernel here, but for those by warp groups.
 const THREADS: usize = 128;
+
+/// Threads of theirs: `attention_groups.cu`.
+const GROUPS_THREADS: usize = 384;
 
 /// The entries of attention's units; those of several head dimensions as
 /// [`PADDED_HEAD_DIMS`] orders them.
@@ -59,6 +63,8 @@ pub(crate) struct AttentionKernels {
     split: [Kernel; 3],
     direct: [Kernel; 3],
     walk: [Kernel; 3],
+    /// For heads up to 64 and 128 dimensions of fp16, where there are such kernels.
+    groups: Option<[Kernel; 2]>,
     exact: Kernel,
 }
 
@@ -67,6 +73,14 @@ impl AttentionKernels {
         let shared_bytes = gpu.shared_per_block.get() as usize;
         let split = |name| modules.kernel("attention_split", name, shared_bytes);
         let walk = |name| modules.kernel("attention_walk", name, shared_bytes);
+        let groups = |name, padded| {
+            let shared_bytes = Ring::groups(padded).shared_bytes;
+            modules.kernel_if_any("attention_groups", name, shared_bytes)
+        };
+        let groups = [
+            groups("oxl_attend_groups_64", 64)?,
+            groups("oxl_attend_groups_128", 128)?,
+        ];
         Ok(Self {
             cache: [
                 modules.kernel("cache", "oxl_cache_128", 0)?,
@@ -87,6 +101,10 @@ impl AttentionKernels {
                 walk("oxl_attend_walk_128")?,
                 walk("oxl_attend_walk_256")?,
             ],
+            groups: match groups {
+                [Some(short), Some(long)] => Some([short, long]),
+                _ => None,
+            },
             exact: modules.kernel("attention_exact", "oxl_attend_exact", 0)?,
         })
     }
@@ -466,21 +484,24 @@ impl CudaDevice {
         inputs: &StepInputs,
         scratch: &AttentionScratch,
     ) -> Result<(), DeviceError> {
-        let ring = Ring::walk(&extents.cache, extents.padded(), self.info());
-        let ring = ring.ok_or_else(|| self.too_little_shared(extents))?;
+        let kernels = &self.kernels().attention;
+        let groups = kernels.groups.filter(|_| is_direct(&extents.cache));
+        let groups = groups.and_then(|groups| groups.get(extents.index).copied());
         let heads = HeadTiles::of(extents.group(), scratch.tiles.block_heads());
+        let blocks = tiles.len() * extents.cache.kv_heads * heads.head_tiles;
+        let (kernel, threads, ring) = if let Some(kernel) = groups {
+            (kernel, GROUPS_THREADS, Ring::groups(extents.padded()))
+        } else {
+            let ring = Ring::walk(&extents.cache, extents.padded(), self.info());
+            let ring = ring.ok_or_else(|| self.too_little_shared(extents))?;
+            (kernels.walk[extents.index], THREADS, ring)
+        };
         let launch = Launch {
-            grid: [
-                tiles.len() * extents.cache.kv_heads * heads.head_tiles,
-                1,
-                1,
-            ],
-            block: [THREADS, 1, 1],
             shared_bytes: ring.shared_bytes,
+            ..Launch::linear(blocks, threads)
         };
         let mut kernel_args = Self::attend_args(args, extents, inputs, scratch, (heads, ring));
         kernel_args.tiles += (tiles.start * size_of::<Tile>()) as u64;
-        let kernel = self.kernels().attention.walk[extents.index];
         // SAFETY: as for the rows of short runs.
         unsafe { self.launch(kernel, launch, &kernel_args) }
     }

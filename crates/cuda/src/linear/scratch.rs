@@ -23,8 +23,9 @@ impl ManyRows {
     /// Rows up to which the kernels of few rows multiply, 32 at a time.
     pub(crate) fn few_rows(self) -> usize {
         match self {
-            // 128 rows of codellama-34b take 489 instead of 4 times 278 us a layer.
-            Self::Stored => 64,
+            // From 49 rows on the other kernels take as long or less in all shapes that were measured (codellama-34b: 64
+            // rows 20.1 instead of 28.0 ms a step), at 33 as long or more in three of four.
+            Self::Stored => 48,
             // Four readings of 4-bit weights (later ones mostly from the second-level cache) are fewer
             // bytes than unpacking them to fp16 and reading those.
             Self::Unpacked | Self::Few => 128,

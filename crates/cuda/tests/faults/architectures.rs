@@ -25,11 +25,15 @@ fn hopper_launches(driver: &FakeDriver, capability: &str, rows: u32) -> usize {
 }
 
 #[test]
-fn hopper_multiplies_many_rows_by_kernels_that_others_do_without() {
+fn hopper_takes_many_rows_by_kernels_that_others_do_without() {
+    const LAYERS: usize = 2;
     let driver = FakeDriver::start("");
-    // Of two layers: q, k and v together, o, gate and up together, down; and the head.
-    assert_eq!(hopper_launches(&driver, "9.0", MANY_ROWS), 2 * 4 + 1);
-    assert_eq!(hopper_launches(&driver, "9.0", 64), 0);
+    // Attention; of a layer: q, k and v together, o, gate and up together, down; and the head.
+    let all = LAYERS + LAYERS * 4 + 1;
+    assert_eq!(hopper_launches(&driver, "9.0", MANY_ROWS), all);
+    // Attention of a run alone, and none.
+    assert_eq!(hopper_launches(&driver, "9.0", 48), LAYERS);
+    assert_eq!(hopper_launches(&driver, "9.0", 16), 0);
     for capability in ["8.0", "8.9"] {
         assert_eq!(hopper_launches(&driver, capability, MANY_ROWS), 0);
     }
