@@ -228,7 +228,8 @@ struct GroupWarp {
         group_fence();
 #pragma unroll
         for (int step = 0; step < TILE / 16; ++step) {
-            ColumnProduct<D>::start(part, weighed.weights[step], b + next_rows(step), step > 0);
+            const auto& a = weighed.weights[step];
+            GroupProduct<D, B_COLUMNS>::start(part, a[0], a[1], a[2], a[3], b + next_rows(step), step > 0);
         }
         group_commit();
     }
