@@ -234,21 +234,6 @@ struct GroupWarp {
         group_commit();
     }
 
-    __device__ __forceinline__ void mask(float (&s)[TILE / 8][4], int tile, int lane) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            // Of the lane's tokens, which are 8 n + 0 and + 1 from here.
-            const int end = positions[half] + 1 - tile * TILE - lane % 4 * 2;
-            const int first = firsts[half] - tile * TILE - lane % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < TILE / 4; ++j) {
-                const int token = j / 2 * 8 + j % 2;
-                float& x = s[j / 2][2 * half + j % 2];
-                if (token >= end || token < first) x = minus_infinity();
-            }
-        }
-    }
-
     // Makes weights of a tile's products, and takes note of them.
     __device__ __forceinline__ void weigh(const Products& products, int tile, int lane, Weighed& weighed) {
         float s[TILE / 8][4];
@@ -258,7 +243,14 @@ struct GroupWarp {
 #pragma unroll
             for (int i = 0; i < TILE / 2; ++i) s[i / 4][i % 4] = capped_score(s[i / 4][i % 4], args.cap_factor);
         }
-        if (is_masked(tile)) mask(s, tile, lane);
+        if (is_masked(tile)) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int end = positions[half] + 1 - tile * TILE - lane % 4 * 2;
+                const int first = firsts[half] - tile * TILE - lane % 4 * 2;
+                hide_tokens(s, half, first, end);
+            }
+        }
         RowState part[2] = {nothing_seen(), nothing_seen()};
         weigh_scores(s, part, weighed.weights);
 #pragma unroll
@@ -326,49 +318,9 @@ struct TileReader {
     }
 };
 
-// Grid: tiles * kv_heads * head_tiles blocks.
+// Attends to all tiles that the block's rows see: one of the warps of a group.
 template <int D>
-__device__ __forceinline__ void attend_groups(const AttendArgs& args) {
-    using E = GroupExtents<D>;
-    extern __shared__ __align__(1024) uint8_t dynamic_shared[];
-    __shared__ __align__(alignof(Block)) uint8_t block_bytes[sizeof(Block)];
-    __shared__ GroupBarriers barriers;
-    Block& block = *reinterpret_cast<Block*>(block_bytes);
-    // Later rows see more: the blocks of all their heads start first.
-    const int blocks_of_tile = args.kv_heads * args.head_tiles;
-    if (threadIdx.x == 0) {
-        const Queries queries(args, (gridDim.x - 1 - blockIdx.x) / blocks_of_tile, blockIdx.x % blocks_of_tile);
-        block = {queries, Span(args, queries)};
-        barrier_init(shared_address(&barriers.queries), GROUP_THREADS);
-#pragma unroll
-        for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(shared_address(&barriers.full[stage]), GROUP_THREADS);
-            barrier_init(shared_address(&barriers.empty[stage]), GROUPS * GROUP_THREADS);
-        }
-        barriers_are_made();
-    }
-    __syncthreads();
-    const Queries& queries = block.queries;
-    if (queries.rows == 0) return;
-    dependency_trigger();
-    const Span& span = block.span;
-    const uint32_t base = (shared_address(dynamic_shared) + 1023) & ~1023u;
-    const uint32_t stages = base + E::QUERY_BYTES;
-    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / WARP_LANES, 0);
-    if (warp < 4) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        TileFetcher<D> fetcher = {args, block, barriers, stages, 0};
-        fetcher.run(base);
-        return;
-    }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    // What the results overwrite, earlier kernels may still read.
-    dependency_wait();
-    const int group = warp / 4 - 1;
-    const int lane = threadIdx.x % WARP_LANES;
-    GroupWarp<D> own(args, queries, base + group * (E::QUERY_BYTES / GROUPS), group, warp % 4, lane);
-    barrier_wait(shared_address(&barriers.queries), 0);
-    TileReader<D> reader = {kept_address(shared_address(&barriers)), stages, 0, 0};
+__device__ __forceinline__ void attend_tiles(GroupWarp<D>& own, TileReader<D>& reader, const Span& span, int lane) {
     int tile = span.first_token / TILE;
     const int first_tile = own.first_tile(span);
     const int last_tile = own.last_tile(span);
@@ -420,6 +372,52 @@ __device__ __forceinline__ void attend_groups(const AttendArgs& args) {
     }
 #pragma unroll 1
     for (; tile <= span.last_tile; ++tile) reader.pass();
+}
+
+// Grid: tiles * kv_heads * head_tiles blocks.
+template <int D>
+__device__ __forceinline__ void attend_groups(const AttendArgs& args) {
+    using E = GroupExtents<D>;
+    extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+    __shared__ __align__(alignof(Block)) uint8_t block_bytes[sizeof(Block)];
+    __shared__ GroupBarriers barriers;
+    Block& block = *reinterpret_cast<Block*>(block_bytes);
+    // Later rows see more: the blocks of all their heads start first.
+    const int blocks_of_tile = args.kv_heads * args.head_tiles;
+    if (threadIdx.x == 0) {
+        const Queries queries(args, (gridDim.x - 1 - blockIdx.x) / blocks_of_tile, blockIdx.x % blocks_of_tile);
+        block = {queries, Span(args, queries)};
+        barrier_init(shared_address(&barriers.queries), GROUP_THREADS);
+#pragma unroll
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_init(shared_address(&barriers.full[stage]), GROUP_THREADS);
+            barrier_init(shared_address(&barriers.empty[stage]), GROUPS * GROUP_THREADS);
+        }
+        barriers_are_made();
+    }
+    __syncthreads();
+    const Queries& queries = block.queries;
+    if (queries.rows == 0) return;
+    dependency_trigger();
+    const Span& span = block.span;
+    const uint32_t base = (shared_address(dynamic_shared) + 1023) & ~1023u;
+    const uint32_t stages = base + E::QUERY_BYTES;
+    const int warp = __shfl_sync(0xffffffffu, threadIdx.x / WARP_LANES, 0);
+    if (warp < 4) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        TileFetcher<D> fetcher = {args, block, barriers, stages, 0};
+        fetcher.run(base);
+        return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    // What the results overwrite, earlier kernels may still read.
+    dependency_wait();
+    const int group = warp / 4 - 1;
+    const int lane = threadIdx.x % WARP_LANES;
+    GroupWarp<D> own(args, queries, base + group * (E::QUERY_BYTES / GROUPS), group, warp % 4, lane);
+    barrier_wait(shared_address(&barriers.queries), 0);
+    TileReader<D> reader = {kept_address(shared_address(&barriers)), stages, 0, 0};
+    attend_tiles(own, reader, span, lane);
     own.finish(lane);
 }
 

@@ -124,15 +124,9 @@ struct WalkWarp {
 #pragma unroll
         for (int i = 0; i < 2 * SETS; ++i) {
             const int position = queries.first_position + queries.row(args, head(i / 2, i % 2));
-            // Of the lane's tokens, which are 8 n + 0 and + 1 from here.
             const int end = position + 1 - tile * TILE - lane % 4 * 2;
             const int first = first_visible(args, position) - tile * TILE - lane % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < TILE / 4; ++j) {
-                const int token = j / 2 * 8 + j % 2;
-                float& x = s[i / 2][j / 2][i % 2 * 2 + j % 2];
-                if (token >= end || token < first) x = minus_infinity();
-            }
+            hide_tokens(s[i / 2], i % 2, first, end);
         }
     }
 

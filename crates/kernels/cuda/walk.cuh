@@ -88,6 +88,17 @@ __device__ __forceinline__ int fresh_thread() {
     return index;
 }
 
+// Makes minus infinity of the scores of row g + 8 half but for the tokens from `first` to `end`, counted from the
+// lane's first one; its tokens are 8 n + 0 and + 1 from there.
+__device__ __forceinline__ void hide_tokens(float (&s)[TILE / 8][4], int half, int first, int end) {
+#pragma unroll
+    for (int j = 0; j < TILE / 4; ++j) {
+        const int token = j / 2 * 8 + j % 2;
+        float& x = s[j / 2][2 * half + j % 2];
+        if (token >= end || token < first) x = minus_infinity();
+    }
+}
+
 // Weights of a tile's scores as the a operand, and their sums: what the lane has of the scores is what it needs of them.
 __device__ __forceinline__ void weigh_scores(const float (&s)[TILE / 8][4], RowState (&part)[2],
                                              uint32_t (&weights)[4][4]) {
