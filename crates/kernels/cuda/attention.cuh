@@ -86,41 +86,7 @@ constexpr int PADDING = 8;
 
 __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
 
-// 2^x; 2^0 is 1 and 2^-inf is 0.
-__device__ __forceinline__ float power_of_two(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // --- Tensor cores. Lane l is g = l / 4, t = l % 4. ---
-
-// c[16, 8] += a[16, 16] b[16, 8]. Lane (g, t) holds of c the columns 2 t and 2 t + 1 of row g,
-// then those of row g + 8.
-__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Four 8 x 8 blocks of fp16; lane i names row i % 8 of block i / 8.
-__device__ __forceinline__ void load_blocks(uint32_t (&out)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// The same, each block transposed.
-__device__ __forceinline__ void load_blocks_transposed(uint32_t (&out)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
-                 : "memory");
-}
 
 // The a operand from 16 rows of `stride` elements.
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], const __half* rows, int stride,
@@ -394,30 +360,14 @@ __device__ __forceinline__ void products_to_scores(float (&s)[4], const AttendAr
 
 // --- From pages to shared memory. ---
 
-// Copies 16 bytes.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-// Copies 16 bytes, or writes zeros where the source is not to be read.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool is_read) {
-    const int bytes = is_read ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void copies_commit() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
 // Waits until at most `pending` of the thread's latest groups of copies are under way.
 __device__ __forceinline__ void copies_wait(int pending) {
     switch (pending) {
-        case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
-        case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
-        case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
-        case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
-        default: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
+        case 0: wait_for_copies<0>(); break;
+        case 1: wait_for_copies<1>(); break;
+        case 2: wait_for_copies<2>(); break;
+        case 3: wait_for_copies<3>(); break;
+        default: wait_for_copies<4>(); break;
     }
 }
 

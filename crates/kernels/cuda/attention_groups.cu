@@ -90,7 +90,7 @@ struct TileFetcher {
         const uint32_t to = stages + stage * E::STAGE_BYTES;
         copy_rows(to, args.key_pages, tile);
         copy_rows(to + E::TILE_BYTES, args.value_pages, tile);
-        copies_commit();
+        commit_copies();
         look_up(tile + 1);
     }
 
@@ -106,7 +106,7 @@ struct TileFetcher {
             copy_async(to + group * (E::QUERY_BYTES / GROUPS) + place_of_unit(m % GROUP_HEADS, unit), row + unit * 8,
                        is_there);
         }
-        copies_commit();
+        commit_copies();
     }
 
     // Says that what was copied is there: tensor cores read it by another way than threads write.
@@ -378,7 +378,7 @@ __device__ __forceinline__ void attend_tiles(GroupWarp<D>& own, TileReader<D>& r
 template <int D>
 __device__ __forceinline__ void attend_groups(const AttendArgs& args) {
     using E = GroupExtents<D>;
-    extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+    DYNAMIC_SHARED(uint8_t, dynamic_shared, 1024);
     __shared__ __align__(alignof(Block)) uint8_t block_bytes[sizeof(Block)];
     __shared__ GroupBarriers barriers;
     Block& block = *reinterpret_cast<Block*>(block_bytes);

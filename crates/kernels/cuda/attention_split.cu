@@ -307,7 +307,7 @@ __device__ __forceinline__ bool is_last_sharer(const AttendArgs& args, int share
 // Grid: (tiles, kv_heads * head_tiles, blocks that share a tile's pieces).
 template <int D, bool IS_DIRECT>
 __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
-    extern __shared__ __align__(128) uint8_t dynamic_shared[];
+    DYNAMIC_SHARED(uint8_t, dynamic_shared, 128);
     using Block = SplitBlock<D>;
     touch_arguments(all);
     dependency_trigger();

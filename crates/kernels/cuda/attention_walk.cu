@@ -293,7 +293,7 @@ __device__ __forceinline__ void copy_queries(const AttendArgs& args, const Queri
 // Grid: tiles * kv_heads * head_tiles blocks.
 template <int D>
 __device__ __forceinline__ void attend_walk(const AttendArgs& args) {
-    extern __shared__ __align__(128) uint8_t dynamic_shared[];
+    DYNAMIC_SHARED(uint8_t, dynamic_shared, 128);
     using W = Walk<D>;
     // Later rows see more: the blocks of all their heads start first.
     const int blocks_of_tile = args.kv_heads * args.head_tiles;
@@ -325,7 +325,7 @@ __device__ __forceinline__ void attend_walk(const AttendArgs& args) {
     dependency_trigger();
     copy_queries<D>(args, queries, base + QUERIES);
     if (!is_old) tiles.fill(base + stage, first_tile);
-    copies_commit();
+    commit_copies();
     WalkWarp<D> warp(args, queries, base + QUERIES);
 
 #pragma unroll 1
@@ -338,7 +338,7 @@ __device__ __forceinline__ void attend_walk(const AttendArgs& args) {
             stage = 2 * stages + args.slot_bytes - stage;
             if (tile < span.last_tile) {
                 tiles.fill(base + stage, tile + 1);
-                copies_commit();
+                commit_copies();
             }
         }
         int keys = this_stage;
@@ -370,7 +370,7 @@ __device__ __forceinline__ void attend_walk(const AttendArgs& args) {
         if (args.slots == 1 && tile < span.last_tile) {
             __syncthreads();
             tiles.fill(base + stage, tile + 1);
-            copies_commit();
+            commit_copies();
         }
     }
     warp.finish();

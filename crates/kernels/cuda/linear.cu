@@ -30,10 +30,10 @@ __device__ __forceinline__ void load_tables(const LinearArgs& args, int first, i
         const Unit* from =
             reinterpret_cast<const Unit*>(table + ranges) + warp * args.range_blocks;
         Unit* to = units + i * args.range_units;
-        if (lane == 0) copy_async<16>(own + i, table + warp);
+        if (lane == 0) copy_async(shared_address(own + i), table + warp);
 #pragma unroll 1
         for (int unit = lane; unit < args.range_units; unit += WARP_LANES) {
-            copy_async<8>(to + unit, from + unit);
+            copy_two_async(shared_address(to + unit), from + unit);
         }
     }
     commit_copies();
@@ -63,7 +63,7 @@ __device__ __forceinline__ void fill_rows(const LinearArgs& args, const __half* 
             char* to = place + piece / 4 * block_bytes + piece % 4 * 16;
 #pragma unroll 4
             for (int row = 0; row < args.rows; ++row) {
-                copy_async<16>(to, from);
+                copy_async(shared_address(to), from);
                 from += stride * sizeof(__half);
                 to += ROW_BLOCK_BYTES;
             }
@@ -150,7 +150,7 @@ __device__ __forceinline__ void store_tiles(const LinearArgs& args, const float*
 
 __device__ __forceinline__ void linear_few(const LinearArgs& args) {
     constexpr int RING = SLOTS * SLOT_BYTES;
-    extern __shared__ __align__(128) char shared[];
+    DYNAMIC_SHARED(char, shared, 128);
     __shared__ __align__(16) WarpRange all_ranges[MOST_WARPS][MOST_MATRICES];
     dependency_trigger();
     const int warp = warp_number();

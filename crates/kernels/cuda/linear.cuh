@@ -55,14 +55,6 @@ struct LinearArgs {
 
 namespace oxl {
 
-__device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                         uint32_t a3, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
 // Sums of a lane: [row tile][m-tile][fragment], the fragment's rows 2 t and 2 t + 1 of output
 // 16 m + g, then of output 16 m + g + 8.
 template <int ROW_TILES>
@@ -128,12 +120,6 @@ __device__ __forceinline__ auto sum_pairs(int count, Number number) {
 // The same in all lanes, which the compiler cannot see in a thread's number.
 __device__ __forceinline__ int warp_number() {
     return __shfl_sync(0xffffffffu, threadIdx.x / WARP_LANES, 0);
-}
-
-__device__ __forceinline__ int lane_number() {
-    int lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-    return lane;
 }
 
 }  // namespace oxl

@@ -312,7 +312,7 @@ __device__ __forceinline__ void consume(const LinearManyArgs& args, Ring<ROWS> r
 
 template <int ROWS>
 __device__ __forceinline__ void multiply_many(const LinearManyArgs& args) {
-    extern __shared__ __align__(1024) char shared[];
+    DYNAMIC_SHARED(char, shared, 1024);
     __shared__ __align__(8) uint64_t barriers[2 * MOST_STAGES];
     __shared__ __align__(16) float rooms[CONSUMERS * 2 * OUT_FLOATS];
     const int warp = warp_number();

@@ -65,7 +65,7 @@ __device__ __forceinline__ void copy_rows(const LinearArgs& args, const __half* 
         const int row = piece / 4 % ROWS;
         const int64_t at = int64_t(min(row, args.rows - 1)) * stride * sizeof(__half) +
                            piece / (4 * ROWS) * ROW_BLOCK_BYTES + piece % 4 * PIECE_BYTES;
-        copy_async<PIECE_BYTES>(places + piece * PIECE_BYTES, from + at);
+        copy_async(shared_address(places + piece * PIECE_BYTES), from + at);
     }
     commit_copies();
     wait_for_copies<0>();
@@ -259,7 +259,7 @@ template <int ROW_TILES>
 __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
     constexpr int ROWS = ROW_TILES * ROWS_OF_TILE;
     constexpr int BLOCK_BYTES = ROWS * ROW_BLOCK_BYTES;
-    extern __shared__ __align__(128) char shared[];
+    DYNAMIC_SHARED(char, shared, 128);
     __shared__ __align__(16) WarpRange part_of[MOST_MATRICES];
     dependency_trigger();
     const int warp = warp_number();

@@ -169,7 +169,7 @@ struct Slice {
 // loaded again, from the L2.
 template <typename Rows, bool IN_SHARED>
 __device__ __forceinline__ void prepare_row(const PrepareArgs& args) {
-    extern __shared__ float4 shared[];
+    DYNAMIC_SHARED(float4, shared, 16);
     __shared__ float mean_partials[oxl::WARP_LANES];
     __shared__ float square_partials[oxl::WARP_LANES];
     float* staged = reinterpret_cast<float*>(shared);
@@ -284,7 +284,7 @@ __device__ __forceinline__ void prepare(const PrepareArgs& args) {
 // Without a norm, the row as fp16 in shared memory. HALVES: as it comes, its width a multiple of four.
 template <typename Rows, bool HALVES>
 __device__ __forceinline__ void prepare_gather(const PrepareArgs& args) {
-    extern __shared__ float4 shared[];
+    DYNAMIC_SHARED(float4, shared, 16);
     __half* staged = reinterpret_cast<__half*>(shared);
     const int64_t row = blockIdx.x;
     const int width = args.width;

@@ -56,7 +56,7 @@ __device__ __forceinline__ void touch_arguments(const AttendSplitArgs& args) {
     static_assert(sizeof(AttendSplitArgs) <= 4 * LINE_WORDS * ATTEND_WARPS, "a line a warp");
     const uint32_t* words = reinterpret_cast<const uint32_t*>(&args);
     const uint32_t word = words[threadIdx.x / WARP_LANES * LINE_WORDS];
-    asm volatile("" ::"r"(word));
+    touch(word);
 }
 
 // How the vectors of a head lie, which is known beforehand where tiles are used as pages have them.
@@ -177,7 +177,7 @@ struct TileRing {
             copy_half(values(), args.value_pages, values_offset());
             advance();
         }
-        copies_commit();
+        commit_copies();
         fill_stage = fill_stage + 1 == args.slots ? 0 : fill_stage + 1;
     }
 

@@ -124,7 +124,7 @@ struct Piece {
 };
 
 __device__ __forceinline__ uint8_t* staging_of(const AttendSplitArgs& all) {
-    extern __shared__ __align__(128) uint8_t dynamic_shared[];
+    DYNAMIC_SHARED(uint8_t, dynamic_shared, 128);
     return dynamic_shared + all.staging_at;
 }
 
@@ -199,7 +199,7 @@ struct FoldedResults {
             from += D;
             to += items * sizeof(float4);
         }
-        copies_commit();
+        commit_copies();
     }
 
     __device__ __forceinline__ void take(float (&x)[4], int item, const Piece<D>& own) const {

@@ -193,18 +193,6 @@ __device__ __forceinline__ uint32_t moved_fields(uint32_t word, int bits, int fr
     return word & in_halves((1u << bits) - 1, to);
 }
 
-__device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {
-    uint32_t result;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
-    return result;
-}
-
-__device__ __forceinline__ uint32_t times(uint32_t a, uint32_t b) {
-    uint32_t product;
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
-    return product;
-}
-
 // Adds a number to each of an output's codes, exactly: of subnormal numbers the sum is one.
 __device__ __forceinline__ void add_zeros(const uint32_t (&zeros)[4], LaneWeights& weights) {
 #pragma unroll
@@ -313,9 +301,7 @@ __device__ __forceinline__ uint32_t magic_offset(int f, uint32_t zero) {
 __device__ __forceinline__ uint32_t finished(uint32_t pair, int f, uint32_t offset,
                                              uint32_t factor) {
     const uint32_t down = ((15u - f) << 10) * 0x10001u;
-    uint32_t centred;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(centred) : "r"(pair), "r"(down), "r"(offset));
-    return times(centred, factor);
+    return times(times_plus(pair, down, offset), factor);
 }
 
 }  // namespace oxl

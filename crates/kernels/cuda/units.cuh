@@ -63,39 +63,6 @@ struct BlockReader {
     }
 };
 
-// Copies so many bytes: 8 or 16.
-template <int BYTES>
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-    const uint32_t place = shared_address(to);
-    if constexpr (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(place), "l"(from) : "memory");
-    }
-}
-
-// Copies a piece if `left` is positive.
-__device__ __forceinline__ void copy_async(char* to, const uint8_t* from, int left) {
-    const uint32_t place = shared_address(to);
-    asm volatile(
-        "{\n\t"
-        ".reg .pred is_asked;\n\t"
-        "setp.gt.s32 is_asked, %2, 0;\n\t"
-        "@is_asked cp.async.cg.shared.global [%0], [%1], 16;\n\t"
-        "}" ::"r"(place),
-        "l"(from), "r"(left)
-        : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-template <int PENDING>
-__device__ __forceinline__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
 // The matrix that has a column tile of the launch.
 __device__ __forceinline__ int matrix_of(const LinearArgs& args, int item) {
     int index = 0;
@@ -162,13 +129,18 @@ struct CopyCursor {
         constexpr int STEP = WARP_LANES * PIECE_BYTES;
         if (bytes == UNIT_BYTES) {
 #pragma unroll
-            for (int at = 0; at < UNIT_BYTES; at += STEP) copy_async<PIECE_BYTES>(to + at, source + at);
+            for (int at = 0; at < UNIT_BYTES; at += STEP) {
+                copy_async(shared_address(to + at), source + at);
+            }
         } else {
             const int left = bytes - lane * PIECE_BYTES;
 #pragma unroll
-            for (int at = 0; at < UNIT_BYTES; at += STEP) copy_async(to + at, source + at, left - at);
+            for (int at = 0; at < UNIT_BYTES; at += STEP) {
+                copy_async_if(left - at, shared_address(to + at), source + at);
+            }
         }
-        copy_async(to + UNIT_BYTES, scales + uint64_t(place >> 12) * uint32_t(scale_bytes), scale_bytes);
+        copy_async_if(scale_bytes, shared_address(to + UNIT_BYTES),
+                      scales + uint64_t(place >> 12) * uint32_t(scale_bytes));
         source += bytes;
         slot = next_slot(slot);
         ++unit;

@@ -80,14 +80,6 @@ __device__ __forceinline__ void rotate_fragment(float (&x)[4][4], int lane) {
     for (int i = 0; i < 16; ++i) x[i / 4][i % 4] = __fmul_rn(x[i / 4][i % 4], 0.17677669f);
 }
 
-// The thread's index, read anew: what is made of it is made again for every tile, instead of being
-// kept in registers that the results need.
-__device__ __forceinline__ int fresh_thread() {
-    int index;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-    return index;
-}
-
 // Makes minus infinity of the scores of row g + 8 half but for the tokens from `first` to `end`, counted from the
 // lane's first one; its tokens are 8 n + 0 and + 1 from there.
 __device__ __forceinline__ void hide_tokens(float (&s)[TILE / 8][4], int half, int first, int end) {
@@ -123,13 +115,6 @@ __device__ __forceinline__ void weigh_scores(const float (&s)[TILE / 8][4], RowS
         }
     }
     sum_weights(part, weights, TILE / 16);
-}
-
-// Copies 4 bytes, or writes zeros where the source is not to be read.
-__device__ __forceinline__ void copy_word_async(uint32_t to, const void* from, bool is_read) {
-    const int bytes = is_read ? 4 : 0;
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes)
-                 : "memory");
 }
 
 // The keys or the values of one kv head: where they are, and how they become tiles.
