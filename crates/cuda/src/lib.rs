@@ -30,6 +30,7 @@ mod origin;
 mod prepare;
 mod step;
 mod stream;
+mod tolerances;
 
 pub use buffer::CudaBuffer;
 pub use context::{GpuInfo, gpus};
@@ -43,3 +44,4 @@ pub use monitor::{GpuState, Monitor};
 pub use nvrtc::{CompileError, KernelSource, RuntimeCompiler};
 pub use origin::{KERNEL_FOLDER_VARIABLE, KERNELS_VARIABLE};
 pub use step::CudaWorkspace;
+pub use tolerances::TOLERANCES;

@@ -2,7 +2,7 @@
 //!
 //! The shared library of this crate has those entry points of the CUDA driver, of NVML and of
 //! NVRTC that Oxllama calls. Device memory is the host's, copies are made at once, kernels do
-//! nothing, and any bytes are device code. What the real driver would refuse (a handle that is
+//! nothing unless they are to be emulated (`oxllama-emulator`), and any bytes are device code. What the real driver would refuse (a handle that is
 //! not alive, a range outside an allocation, a context that is not current, a call that a
 //! recording forbids) is refused and reported as misuse. [`FakeDriver`] programs the machine and
 //! the faults of this process, [`VARIABLE`] those of a program that is started; both take words
@@ -15,6 +15,7 @@
 //! | `driver=13000` | the version that the driver says it is of |
 //! | `init=803` | what starting the driver is answered with |
 //! | `others=BYTES` | memory of every GPU that another process holds |
+//! | `kernels=on` | kernels are emulated: they are run at once, and do what they do on a GPU |
 //! | `nvml=off` | NVML does not start |
 //! | `trace=on` | calls that have to do with waiting are reported, from here on |
 //! | `fault=NAME:AFTER:CODE` | after AFTER calls of the function (or of `any` one) the next fails |
@@ -25,6 +26,7 @@
 
 mod control;
 mod driver;
+mod kernels;
 mod management;
 mod memory;
 mod runtime_compiler;

@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::control::VARIABLE;
+use crate::kernels::Kernels;
 use crate::memory::Block;
 
 /// A driver's answer.
@@ -18,6 +19,7 @@ pub(crate) const NO_DEVICE: Code = 100;
 pub(crate) const INVALID_DEVICE: Code = 101;
 pub(crate) const INVALID_CONTEXT: Code = 201;
 pub(crate) const NOT_FOUND: Code = 500;
+pub(crate) const LAUNCH_FAILED: Code = 719;
 pub(crate) const INVALID_HANDLE: Code = 400;
 pub(crate) const CAPTURE_UNSUPPORTED: Code = 900;
 
@@ -102,6 +104,7 @@ pub(crate) struct State {
     calls: u64,
     has_fired: bool,
     calls_after_loss: Vec<String>,
+    pub(crate) kernels: Kernels,
     pub(crate) launches: u64,
     /// Of kernels that compute capability 9.0 alone has.
     pub(crate) hopper_launches: u64,
@@ -164,6 +167,7 @@ impl State {
             calls: 0,
             has_fired: false,
             calls_after_loss: Vec::new(),
+            kernels: Kernels::default(),
             launches: 0,
             hopper_launches: 0,
             trace: None,
@@ -194,6 +198,7 @@ impl State {
             "others" => self.others_bytes = value.parse().ok()?,
             "driver" => self.driver_version = value.parse().ok()?,
             "init" => self.init_code = value.parse().ok()?,
+            "kernels" => self.kernels.are_emulated = value == "on",
             "nvml" => self.has_management = value != "off",
             "trace" => self.trace = (value == "on").then(Vec::new),
             "capability" => {
@@ -337,6 +342,7 @@ impl State {
             return Err(self.refuse(INVALID_HANDLE, what));
         }
         self.objects.remove(&handle);
+        self.kernels.remove(handle);
         Ok(())
     }
 

@@ -2,9 +2,11 @@
 
 use std::ffi::{CStr, c_char, c_void};
 
+use oxllama_emulator::Launch;
+
 use crate::state::{
-    CAPTURE_UNSUPPORTED, Call, Code, INVALID_HANDLE, INVALID_VALUE, Kind, NOT_FOUND, Object, State,
-    call, give,
+    CAPTURE_UNSUPPORTED, Call, Code, INVALID_HANDLE, INVALID_VALUE, Kind, LAUNCH_FAILED, NOT_FOUND,
+    Object, State, call, give,
 };
 
 fn is_stream(kind: &Kind) -> bool {
@@ -153,7 +155,10 @@ unsafe extern "C" fn cuStreamEndCapture(stream: usize, graph: *mut usize) -> Cod
             return Err(state.refuse(INVALID_VALUE, "ending no recording".to_owned()));
         };
         object.kind = Kind::Stream { recording: None };
-        state.create(Kind::Graph { launches }, graph)
+        state.create(Kind::Graph { launches }, graph)?;
+        // SAFETY: the handle was just written there.
+        state.kernels.end_recording(stream, unsafe { *graph });
+        Ok(())
     });
     if code != 0 && !graph.is_null() {
         // SAFETY: the caller's pointer.
@@ -174,7 +179,10 @@ unsafe extern "C" fn cuGraphInstantiateWithFlags(
         let Kind::Graph { launches } = kind else {
             return Err(INVALID_HANDLE);
         };
-        state.create(Kind::Executable { launches }, executable)
+        state.create(Kind::Executable { launches }, executable)?;
+        // SAFETY: the handle was just written there.
+        state.kernels.instantiate(graph, unsafe { *executable });
+        Ok(())
     })
 }
 
@@ -212,7 +220,10 @@ unsafe extern "C" fn cuGraphExecDestroy(executable: usize) -> Code {
 unsafe extern "C" fn cuGraphLaunch(executable: usize, stream: usize) -> Code {
     call("cuGraphLaunch", Call::Plain, |state| {
         state.check_stream(stream)?;
-        state.object(executable, is_executable).map(|_| ())
+        state.object(executable, is_executable)?;
+        // SAFETY: who replays a recording keeps what it works on; the machine is locked.
+        let done = unsafe { state.kernels.replay(executable) };
+        done.map_err(|what| state.refuse(LAUNCH_FAILED, what))
     })
 }
 
@@ -260,7 +271,10 @@ unsafe extern "C" fn cuModuleGetFunction(
             most_shared_bytes: 48 << 10,
             is_hoppers,
         };
-        state.create(kind, function)
+        state.create(kind, function)?;
+        // SAFETY: the handle was just written there.
+        state.kernels.add(unsafe { *function }, name);
+        Ok(())
     })
 }
 
@@ -330,12 +344,22 @@ unsafe extern "C" fn cuLaunchKernelEx(
         }
         state.launches += 1;
         state.hopper_launches += u64::from(is_hoppers);
+        let mut recording = None;
         if let Kind::Stream {
             recording: Some(launches),
         } = &mut state.object(config.stream, is_stream)?.kind
         {
             *launches += 1;
+            recording = Some(config.stream);
         }
-        Ok(())
+        let launch = Launch {
+            grid: config.grid,
+            block: config.block,
+            shared_bytes: config.shared_bytes as usize,
+        };
+        let kernels = &mut state.kernels;
+        // SAFETY: the caller's arguments; the machine is locked.
+        let done = unsafe { kernels.launch(function, launch, parameters, recording) };
+        done.map_err(|what| state.refuse(LAUNCH_FAILED, what))
     })
 }

@@ -3,9 +3,7 @@
 // (the crate `emulator`).
 #pragma once
 
-#if defined(OXL_EMULATED)
-#include <emulated_ptx.h>
-#else
+#if !defined(OXL_EMULATED)
 
 // Dynamic shared memory of a block as an array.
 #define DYNAMIC_SHARED(TYPE, NAME, ALIGNMENT) extern __shared__ __align__(ALIGNMENT) TYPE NAME[]

@@ -1,0 +1,94 @@
+//! Compiles the kernels' units as C++ for the host, each with a table of its entries.
+
+use std::env;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Units of Hopper's own instructions, which are not emulated.
+const HOPPERS: [&str; 2] = ["attention_groups", "linear_many"];
+
+fn main() {
+    let kernels = Path::new("../kernels/cuda");
+    for folder in [kernels, Path::new("include")] {
+        println!("cargo::rerun-if-changed={}", folder.display());
+    }
+    let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let mut build = cc::Build::new();
+    build
+        .cpp(true)
+        .std("c++17")
+        .include("include")
+        .include(kernels)
+        // Products and sums are joined where a kernel says so, and nowhere else.
+        .flag("-ffp-contract=off")
+        .flag("-fno-strict-aliasing")
+        .flag("-Wno-unknown-pragmas")
+        // Attributes of a declaration that are of no use here.
+        .flag("-Wno-attributes")
+        .opt_level(2)
+        .debug(false)
+        .warnings(false);
+    let mut tables = String::new();
+    let mut list = String::new();
+    for unit in units(kernels) {
+        let text = fs::read_to_string(kernels.join(format!("{unit}.cu"))).expect("a unit");
+        let mut entries = String::new();
+        for name in entries_of(&text) {
+            writeln!(entries, "    ENTRY({name}),").expect("a string takes everything");
+        }
+        // A namespace of its own: what units call by one name, a linker would make one.
+        let file = out.join(format!("{unit}.cpp"));
+        let source = format!(
+            "#define oxl unit_{unit}\n#include <emulated_ptx.h>\n#include \"{unit}.cu\"\n\
+             extern \"C\" const emulated::Entry oxl_entries_{unit}[] = {{\n{entries}    {{}}\n}};\n"
+        );
+        write(&file, &source);
+        build.file(&file);
+        writeln!(
+            tables,
+            "extern \"C\" const emulated::Entry oxl_entries_{unit}[];"
+        )
+        .expect("a string takes everything");
+        writeln!(list, "    oxl_entries_{unit},").expect("a string takes everything");
+    }
+    let file = out.join("entries.cpp");
+    let source = format!(
+        "#include <emulated.h>\n{tables}\
+         extern \"C\" const emulated::Entry* const oxl_entries[] = {{\n{list}    nullptr\n}};\n"
+    );
+    write(&file, &source);
+    build.file(&file).file("include/emulated.cpp");
+    build.compile("oxllama_emulated_kernels");
+}
+
+/// Names of the units that are emulated, in order.
+fn units(folder: &Path) -> Vec<String> {
+    let mut units: Vec<String> = fs::read_dir(folder)
+        .expect("the kernels' folder")
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
+        .filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned()))
+        .filter(|unit| !HOPPERS.contains(&unit.as_str()))
+        .collect();
+    units.sort();
+    units
+}
+
+/// Names of a unit's entries: what stands before `(const __grid_constant__`.
+fn entries_of(text: &str) -> impl Iterator<Item = &str> {
+    text.match_indices("(const __grid_constant__")
+        .map(|(at, _)| {
+            let before = &text[..at];
+            let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
+            &before[before.trim_end_matches(is_name).len()..]
+        })
+}
+
+/// Leaves a file that is right already as it is.
+fn write(path: &Path, text: &str) {
+    if fs::read_to_string(path).is_ok_and(|found| found == text) {
+        return;
+    }
+    fs::write(path, text).expect("the build's own folder");
+}
