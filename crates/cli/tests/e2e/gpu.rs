@@ -37,6 +37,17 @@ fn generate(settings: &str, device: &str) -> Output {
 }
 
 #[test]
+fn a_gpu_answers_as_the_cpu_does() {
+    let on_cpu = generate("devices=0", "cpu").succeeded();
+    let on_gpu = generate("kernels=on capability=8.0", "cuda").succeeded();
+    assert!(!on_cpu.stdout.is_empty());
+    assert_eq!(on_gpu.stdout, on_cpu.stdout);
+    // The same kernels, doing nothing.
+    let nothing = generate("kernels=off capability=8.0", "cuda").succeeded();
+    assert_ne!(nothing.stdout, on_cpu.stdout);
+}
+
+#[test]
 fn a_gpu_that_cannot_be_used_says_why_and_what_to_do() {
     let old = "CUDA 11.8, but 12.0 is needed: update the driver";
     for (settings, reason, is_told) in [
