@@ -10,7 +10,8 @@ const HOPPERS: [&str; 2] = ["attention_groups", "linear_many"];
 
 fn main() {
     let kernels = Path::new("../kernels/cuda");
-    for folder in [kernels, Path::new("include")] {
+    let tests = Path::new("tests");
+    for folder in [kernels, Path::new("include"), tests] {
         println!("cargo::rerun-if-changed={}", folder.display());
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -18,8 +19,7 @@ fn main() {
     build
         .cpp(true)
         .std("c++17")
-        .include("include")
-        .include(kernels)
+        .includes([Path::new("include"), kernels, tests])
         // Products and sums are joined where a kernel says so, and nowhere else.
         .flag("-ffp-contract=off")
         .flag("-fno-strict-aliasing")
@@ -31,8 +31,9 @@ fn main() {
         .warnings(false);
     let mut tables = String::new();
     let mut list = String::new();
-    for unit in units(kernels) {
-        let text = fs::read_to_string(kernels.join(format!("{unit}.cu"))).expect("a unit");
+    for path in [units(kernels), units(tests)].concat() {
+        let unit = path.file_stem().unwrap_or_default().to_string_lossy();
+        let text = fs::read_to_string(&path).expect("a unit");
         let mut entries = String::new();
         for name in entries_of(&text) {
             writeln!(entries, "    ENTRY({name}),").expect("a string takes everything");
@@ -62,14 +63,17 @@ fn main() {
     build.compile("oxllama_emulated_kernels");
 }
 
-/// Names of the units that are emulated, in order.
-fn units(folder: &Path) -> Vec<String> {
-    let mut units: Vec<String> = fs::read_dir(folder)
-        .expect("the kernels' folder")
+/// Files of a folder's units that are emulated, in order.
+fn units(folder: &Path) -> Vec<PathBuf> {
+    let is_hoppers = |path: &PathBuf| {
+        let unit = path.file_stem().unwrap_or_default();
+        HOPPERS.iter().any(|&hoppers| unit == hoppers)
+    };
+    let mut units: Vec<PathBuf> = fs::read_dir(folder)
+        .expect("a folder of kernels")
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
-        .filter_map(|path| Some(path.file_stem()?.to_str()?.to_owned()))
-        .filter(|unit| !HOPPERS.contains(&unit.as_str()))
+        .filter(|path| !is_hoppers(path))
         .collect();
     units.sort();
     units

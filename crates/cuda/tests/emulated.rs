@@ -26,9 +26,9 @@ fn run(settings: &str, select: impl Fn(&str) -> bool) -> Vec<CaseReport> {
     reports
 }
 
-/// All selected cases pass, and there are at least so many.
-fn conforms(least: usize, select: impl Fn(&str) -> bool) {
-    let mut reports = run("kernels=on capability=8.0", select);
+/// All selected cases pass, and there are at least so many of them.
+fn conforms(settings: &str, least: usize, select: impl Fn(&str) -> bool) {
+    let mut reports = run(settings, select);
     let count = reports.len();
     assert!(count >= least, "{count} cases");
     reports.retain(|case| !case.passed());
@@ -42,12 +42,20 @@ fn is_of_rows(name: &str) -> bool {
 
 #[test]
 fn operations_conform() {
-    conforms(500, |name| !is_of_rows(name));
+    conforms("kernels=on capability=8.0", 500, |name| !is_of_rows(name));
 }
 
 #[test]
 fn rows_are_independent() {
-    conforms(300, is_of_rows);
+    conforms("kernels=on capability=8.0", 300, is_of_rows);
+}
+
+/// What threads tell each other without waiting for it is not there in this order.
+#[test]
+fn operations_conform_backward() {
+    conforms("kernels=backward capability=8.0", 500, |name| {
+        !is_of_rows(name)
+    });
 }
 
 #[test]

@@ -51,7 +51,6 @@ inline __half2 __floats2half2_rn(float x, float y) {
 }
 inline __half __low2half(__half2 x) { return x.x; }
 inline __half __high2half(__half2 x) { return x.y; }
-inline __half2 __lowhigh2highlow(__half2 x) { return {x.y, x.x}; }
 inline float __low2float(__half2 x) { return __half2float(x.x); }
 inline float __high2float(__half2 x) { return __half2float(x.y); }
 inline float2 __half22float2(__half2 x) { return {__low2float(x), __high2float(x)}; }
@@ -70,10 +69,6 @@ inline __half2 __hmul2(__half2 a, __half2 b) { return __hmul2_rn(a, b); }
 inline __half2 __hneg2(__half2 x) {
     return {{uint16_t(x.x.bits ^ 0x8000)}, {uint16_t(x.y.bits ^ 0x8000)}};
 }
-inline __half2 __habs2(__half2 x) {
-    return {{uint16_t(x.x.bits & 0x7fff)}, {uint16_t(x.y.bits & 0x7fff)}};
-}
-
 namespace emulated {
 
 inline __half larger(__half a, __half b) {

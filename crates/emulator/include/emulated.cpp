@@ -20,11 +20,13 @@ struct Warp {
     // In turns: a lane may show its next words while others still look at the last ones.
     uint32_t words[2][LANES][MOST_WORDS];
     double products[LANES][4];
-    int32_t integers[LANES][4];
+    // What the products are of, by the lanes' `times`.
+    uint32_t multiplied;
 };
 
 Warp warps[MOST_WARPS];
-uint8_t turns[MOST_THREADS];
+// How often a thread has shown something: its words go to one of two places in turn.
+uint32_t times[MOST_THREADS];
 
 struct Copy {
     uint32_t to;
@@ -47,7 +49,14 @@ uint8_t anchor;
 Warp& own_warp() { return warps[thread / LANES]; }
 
 // What the warp has shown last.
-const uint32_t (*last_shown())[MOST_WORDS] { return own_warp().words[turns[thread] ^ 1]; }
+const uint32_t (*last_shown())[MOST_WORDS] { return own_warp().words[(times[thread] - 1) % 2]; }
+
+// Whether the thread is the first of its warp to come here since the warp has shown something.
+bool is_first(Warp& warp) {
+    const bool is_new = warp.multiplied != times[thread];
+    warp.multiplied = times[thread];
+    return is_new;
+}
 
 const float* make_half_values() {
     float* values = static_cast<float*>(malloc(65536 * sizeof(float)));
@@ -67,18 +76,17 @@ const float* make_half_values() {
 const float* const half_values = make_half_values();
 
 Shown show(Meeting meeting, const uint32_t* words, int count) {
-    const int turn = turns[thread];
-    turns[thread] ^= 1;
-    uint32_t(*shown)[MOST_WORDS] = own_warp().words[turn];
+    uint32_t(*shown)[MOST_WORDS] = own_warp().words[times[thread] % 2];
+    ++times[thread];
     memcpy(shown[lane()], words, count * sizeof(uint32_t));
     oxl_emulated_meet(meeting);
     return {shown};
 }
 
-// Lane 0, which goes on first, multiplies for all.
+// The lane that goes on first multiplies for all.
 const double* product() {
     Warp& warp = own_warp();
-    if (lane() == 0) {
+    if (is_first(warp)) {
         const auto words = last_shown();
         const auto value = [](uint32_t word, int i) {
             return half_values[word >> (16 * i) & 0xffff];
@@ -107,34 +115,6 @@ const double* product() {
         }
     }
     return warp.products[lane()];
-}
-
-const int32_t* integer_product() {
-    Warp& warp = own_warp();
-    if (lane() == 0) {
-        const auto words = last_shown();
-        int8_t a[16][32], b[8][32];
-        for (int l = 0; l < LANES; ++l) {
-            const int g = l / 4;
-            const int k = 4 * (l % 4);
-            memcpy(&a[g][k], &words[l][0], 4);
-            memcpy(&a[g + 8][k], &words[l][1], 4);
-            memcpy(&a[g][k + 16], &words[l][2], 4);
-            memcpy(&a[g + 8][k + 16], &words[l][3], 4);
-            memcpy(&b[g][k], &words[l][4], 4);
-            memcpy(&b[g][k + 16], &words[l][5], 4);
-        }
-        for (int l = 0; l < LANES; ++l) {
-            for (int i = 0; i < 4; ++i) {
-                const int8_t* row = a[l / 4 + i / 2 * 8];
-                const int8_t* column = b[2 * (l % 4) + i % 2];
-                int32_t sum = 0;
-                for (int k = 0; k < 32; ++k) sum += int32_t(row[k]) * column[k];
-                warp.integers[l][i] = sum;
-            }
-        }
-    }
-    return warp.integers[lane()];
 }
 
 uint8_t* shared_at(uint32_t address) {
@@ -189,7 +169,8 @@ extern "C" void oxl_emulated_begin(const uint32_t* grid, const uint32_t* extent,
     emulated::dynamic_shared = shared;
     const int threads = int(extent[0] * extent[1] * extent[2]);
     for (int i = 0; i < threads; ++i) {
-        emulated::turns[i] = 0;
+        emulated::times[i] = 0;
+        emulated::warps[i / emulated::LANES].multiplied = 0;
         emulated::copies[i].ended.clear();
         emulated::copies[i].current.clear();
     }

@@ -57,7 +57,7 @@ constexpr int MOST_THREADS = 1024;
 constexpr int MOST_WORDS = 6;
 
 // What a thread waits for. A warp's threads are to come to the same.
-enum Meeting : int32_t { BLOCK, WARP, SHUFFLE, REDUCTION, BLOCKS, PRODUCT, INTEGER_PRODUCT };
+enum Meeting : int32_t { BLOCK, WARP, SHUFFLE, REDUCTION, BLOCKS, PRODUCT };
 
 // The thread that runs, by its number in the block.
 extern int thread;
@@ -79,7 +79,6 @@ Shown show(Meeting meeting, const uint32_t* words, int count);
 
 // The products of a warp's tensor core operands for a lane, without what they are added to.
 const double* product();
-const int32_t* integer_product();
 
 // Where an address of shared memory points to.
 uint8_t* shared_at(uint32_t address);

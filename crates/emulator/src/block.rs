@@ -7,8 +7,8 @@ use std::ptr;
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult, Yielder};
 
-use crate::Launch;
 use crate::memory::SharedMemory;
+use crate::{Launch, Order};
 
 /// Threads of a warp.
 const LANES: usize = 32;
@@ -83,7 +83,7 @@ impl Threads {
                     let block = [x, y, z];
                     self.begin(launch, block)?;
                     let mut threads = self.start(kernel, args, count)?;
-                    let result = run_block(&mut threads);
+                    let result = run_block(&mut threads, launch.order);
                     for thread in threads {
                         self.stacks.push(finished_stack(thread));
                     }
@@ -146,13 +146,13 @@ fn finished_stack(mut thread: Thread) -> DefaultStack {
 }
 
 /// Lets a block's threads go on until all have ended.
-fn run_block(threads: &mut [Thread]) -> Result<(), String> {
+fn run_block(threads: &mut [Thread], order: Order) -> Result<(), String> {
     let mut states = vec![State::CanRun; threads.len()];
     loop {
-        for (warp, (threads, states)) in
-            std::iter::zip(threads.chunks_mut(LANES), states.chunks_mut(LANES)).enumerate()
-        {
-            run_warp(threads, states, warp)?;
+        for warp in in_order(threads.len().div_ceil(LANES), order) {
+            let first = warp * LANES;
+            let lanes = first..threads.len().min(first + LANES);
+            run_warp(&mut threads[lanes.clone()], &mut states[lanes], warp, order)?;
         }
         // Every thread has ended or waits for the block.
         let mut is_done = true;
@@ -168,13 +168,27 @@ fn run_block(threads: &mut [Thread]) -> Result<(), String> {
     }
 }
 
+/// Numbers below `count`, in order.
+fn in_order(count: usize, order: Order) -> impl Iterator<Item = usize> {
+    (0..count).map(move |number| match order {
+        Order::Forward => number,
+        Order::Backward => count - 1 - number,
+    })
+}
+
 /// Lets a warp's threads go on until each has ended or waits for the block.
-fn run_warp(threads: &mut [Thread], states: &mut [State], warp: usize) -> Result<(), String> {
+fn run_warp(
+    threads: &mut [Thread],
+    states: &mut [State],
+    warp: usize,
+    order: Order,
+) -> Result<(), String> {
     loop {
-        for (lane, (thread, state)) in std::iter::zip(&mut *threads, &mut *states).enumerate() {
+        for lane in in_order(threads.len(), order) {
+            let state = &mut states[lane];
             if *state == State::CanRun {
                 oxl_emulated_enter((warp * LANES + lane) as i32);
-                *state = match thread.resume(()) {
+                *state = match threads[lane].resume(()) {
                     CoroutineResult::Yield(meeting) => State::Waits(meeting),
                     CoroutineResult::Return(()) => State::Ended,
                 };

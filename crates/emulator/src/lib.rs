@@ -3,10 +3,11 @@
 //! The units of `crates/kernels` are compiled as C++ for the host, with a header in the place of
 //! what CUDA's compiler knows by itself and of `ptx.cuh`. A kernel's blocks run one after the
 //! other, a block's threads as coroutines that go on until they wait for others: for the warp, at
-//! an operation that it does together, or for the block. So the order of threads between two
-//! meetings is fixed, and races are not found; but copies to shared memory are made as late as
-//! allowed, shared memory begins as numbers that are none and ends at a page that cannot be
-//! touched, and threads of a warp that come to different meetings are an error.
+//! an operation that it does together, or for the block. Between two meetings threads go on one
+//! after the other, in either [`Order`]: what threads tell each other without a meeting goes wrong
+//! in one of them. Copies to shared memory are made as late as allowed, shared memory begins as
+//! numbers that are none and ends at a page that cannot be touched, and threads of a warp that come
+//! to different meetings are an error.
 //!
 //! Not here: what Hopper alone has (`build.rs` lists the units), clusters, and the order in which
 //! tensor cores add.
@@ -19,6 +20,16 @@ use std::ffi::{CStr, c_char, c_void};
 
 use block::Threads;
 
+/// Whose turn it is between two meetings.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Order {
+    /// From the first thread on.
+    #[default]
+    Forward,
+    /// From the last thread on.
+    Backward,
+}
+
 /// Extents of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Launch {
@@ -28,6 +39,8 @@ pub struct Launch {
     pub block: [u32; 3],
     /// Dynamic shared memory of a block, 256 KiB at most.
     pub shared_bytes: usize,
+    /// Whose turn it is.
+    pub order: Order,
 }
 
 /// `emulated::Entry` of `emulated.h`.

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, c_void};
 
-use oxllama_emulator::{Kernel, Launch};
+use oxllama_emulator::{Kernel, Launch, Order};
+
+use crate::streams::LaunchConfig;
 
 /// A kernel with what it was launched with.
 #[derive(Debug, Clone)]
@@ -25,7 +27,8 @@ impl Run {
 /// Kernels and launches by handle.
 #[derive(Debug, Default)]
 pub(crate) struct Kernels {
-    pub(crate) are_emulated: bool,
+    /// How threads take turns; `None`: kernels do nothing.
+    pub(crate) order: Option<Order>,
     functions: HashMap<usize, Kernel>,
     /// Of streams that record, of graphs, and of what can be replayed.
     recorded: HashMap<usize, Vec<Run>>,
@@ -34,7 +37,7 @@ pub(crate) struct Kernels {
 impl Kernels {
     /// Takes note of a function. One that cannot be emulated is found out about when it is launched.
     pub(crate) fn add(&mut self, function: usize, name: &CStr) {
-        if self.are_emulated
+        if self.order.is_some()
             && let Some(kernel) = Kernel::find(name)
         {
             self.functions.insert(function, kernel);
@@ -49,13 +52,19 @@ impl Kernels {
     pub(crate) unsafe fn launch(
         &mut self,
         function: usize,
-        launch: Launch,
+        config: &LaunchConfig,
         parameters: *const *const c_void,
         recording: Option<usize>,
     ) -> Result<(), String> {
-        if !self.are_emulated {
+        let Some(order) = self.order else {
             return Ok(());
-        }
+        };
+        let launch = Launch {
+            grid: config.grid,
+            block: config.block,
+            shared_bytes: config.shared_bytes as usize,
+            order,
+        };
         let kernel = *self
             .functions
             .get(&function)

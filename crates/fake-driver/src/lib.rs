@@ -16,6 +16,7 @@
 //! | `init=803` | what starting the driver is answered with |
 //! | `others=BYTES` | memory of every GPU that another process holds |
 //! | `kernels=on` | kernels are emulated: they are run at once, and do what they do on a GPU |
+//! | `kernels=backward` | and threads of a block take turns from the last one on |
 //! | `nvml=off` | NVML does not start |
 //! | `trace=on` | calls that have to do with waiting are reported, from here on |
 //! | `fault=NAME:AFTER:CODE` | after AFTER calls of the function (or of `any` one) the next fails |

@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use oxllama_emulator::Order;
+
 use crate::control::VARIABLE;
 use crate::kernels::Kernels;
 use crate::memory::Block;
@@ -198,7 +200,14 @@ impl State {
             "others" => self.others_bytes = value.parse().ok()?,
             "driver" => self.driver_version = value.parse().ok()?,
             "init" => self.init_code = value.parse().ok()?,
-            "kernels" => self.kernels.are_emulated = value == "on",
+            "kernels" => {
+                self.kernels.order = match value {
+                    "on" => Some(Order::Forward),
+                    "backward" => Some(Order::Backward),
+                    "off" => None,
+                    _ => return None,
+                };
+            }
             "nvml" => self.has_management = value != "off",
             "trace" => self.trace = (value == "on").then(Vec::new),
             "capability" => {

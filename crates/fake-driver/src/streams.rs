@@ -2,8 +2,6 @@
 
 use std::ffi::{CStr, c_char, c_void};
 
-use oxllama_emulator::Launch;
-
 use crate::state::{
     CAPTURE_UNSUPPORTED, Call, Code, INVALID_HANDLE, INVALID_VALUE, Kind, LAUNCH_FAILED, NOT_FOUND,
     Object, State, call, give,
@@ -302,10 +300,10 @@ unsafe extern "C" fn cuFuncSetAttribute(function: usize, attribute: u32, value: 
 
 /// The beginning of `CUlaunchConfig`.
 #[repr(C)]
-struct LaunchConfig {
-    grid: [u32; 3],
-    block: [u32; 3],
-    shared_bytes: u32,
+pub(crate) struct LaunchConfig {
+    pub(crate) grid: [u32; 3],
+    pub(crate) block: [u32; 3],
+    pub(crate) shared_bytes: u32,
     stream: usize,
 }
 
@@ -352,14 +350,9 @@ unsafe extern "C" fn cuLaunchKernelEx(
             *launches += 1;
             recording = Some(config.stream);
         }
-        let launch = Launch {
-            grid: config.grid,
-            block: config.block,
-            shared_bytes: config.shared_bytes as usize,
-        };
         let kernels = &mut state.kernels;
         // SAFETY: the caller's arguments; the machine is locked.
-        let done = unsafe { kernels.launch(function, launch, parameters, recording) };
+        let done = unsafe { kernels.launch(function, config, parameters, recording) };
         done.map_err(|what| state.refuse(LAUNCH_FAILED, what))
     })
 }

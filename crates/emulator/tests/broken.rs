@@ -1,0 +1,59 @@
+//! What the emulator finds in kernels that are broken, and that it finds nothing in one that is not.
+
+use oxllama_emulator::{Kernel, Launch, Order};
+
+const THREADS: usize = 64;
+
+#[repr(C, align(16))]
+struct Numbers([u32; THREADS]);
+
+/// `BrokenArgs` of `broken.cu`.
+#[repr(C)]
+struct Args {
+    input: *const u32,
+    output: *mut u32,
+    fault: i32,
+    unused: i32,
+}
+
+/// Whether the kernel gives what it should.
+fn is_right(fault: i32, order: Order) -> Result<bool, String> {
+    let kernel = Kernel::find(c"oxl_broken").expect("a kernel of the tests");
+    let input = Numbers(std::array::from_fn(|i| (i * i) as u32));
+    let mut output = Numbers([0; THREADS]);
+    let args = Args {
+        input: input.0.as_ptr(),
+        output: output.0.as_mut_ptr(),
+        fault,
+        unused: 0,
+    };
+    let launch = Launch {
+        grid: [1; 3],
+        block: [THREADS as u32, 1, 1],
+        shared_bytes: 512,
+        order,
+    };
+    let bytes = (&raw const args).cast::<u8>();
+    // SAFETY: the structure is the kernel's and names both arrays; this file has one test, which
+    // runs kernels one after the other.
+    unsafe {
+        let bytes = std::slice::from_raw_parts(bytes, size_of::<Args>());
+        kernel.run(launch, bytes)?;
+    }
+    let expected = |i: usize| input.0[(i + 1) % THREADS] + input.0[(i + THREADS - 1) % THREADS];
+    Ok((0..THREADS).all(|i| output.0[i] == expected(i)))
+}
+
+#[test]
+fn what_is_broken_is_found() {
+    for order in [Order::Forward, Order::Backward] {
+        assert_eq!(is_right(0, order), Ok(true), "{order:?}");
+        assert_eq!(is_right(1, order), Ok(false), "{order:?}: no barrier");
+        assert_eq!(is_right(2, order), Ok(false), "{order:?}: no wait");
+        let apart = is_right(3, order).expect_err("a warp that comes apart");
+        assert!(apart.contains("came apart"), "{apart}");
+        // It runs on after that.
+        assert_eq!(is_right(0, order), Ok(true), "{order:?}");
+    }
+    assert!(Kernel::find(c"oxl_linear_many").is_none());
+}
