@@ -35,8 +35,8 @@ fn main() {
         let unit = path.file_stem().unwrap_or_default().to_string_lossy();
         let text = fs::read_to_string(&path).expect("a unit");
         let mut entries = String::new();
-        for name in entries_of(&text) {
-            writeln!(entries, "    ENTRY({name}),").expect("a string takes everything");
+        for (name, bounds) in entries_of(&text) {
+            writeln!(entries, "    ENTRY({name}, {bounds}),").expect("a string takes everything");
         }
         // A namespace of its own: what units call by one name, a linker would make one.
         let file = out.join(format!("{unit}.cpp"));
@@ -79,13 +79,18 @@ fn units(folder: &Path) -> Vec<PathBuf> {
     units
 }
 
-/// Names of a unit's entries: what stands before `(const __grid_constant__`.
-fn entries_of(text: &str) -> impl Iterator<Item = &str> {
+/// Names of a unit's entries and what stands in their bounds, or what bounds every block:
+/// `__global__ void __launch_bounds__(BOUNDS) NAME(const __grid_constant__`.
+fn entries_of(text: &str) -> impl Iterator<Item = (&str, &str)> {
     text.match_indices("(const __grid_constant__")
         .map(|(at, _)| {
             let before = &text[..at];
+            let start = before.rfind("__global__").expect("an entry is global");
             let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
-            &before[before.trim_end_matches(is_name).len()..]
+            let (head, name) = before.split_at(before.trim_end_matches(is_name).len());
+            let bounds = head[start..].split_once("__launch_bounds__(");
+            let bounds = bounds.and_then(|(_, bounds)| Some(bounds.rsplit_once(')')?.0));
+            (name, bounds.unwrap_or("emulated::MOST_THREADS"))
         })
 }
 

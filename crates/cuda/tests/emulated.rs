@@ -58,6 +58,15 @@ fn operations_conform_backward() {
     });
 }
 
+/// As where a program has device code for older GPUs alone.
+#[test]
+fn older_code_serves_newer_gpus() {
+    conforms("kernels=on capability=9.0 images=8.0", 50, |name| {
+        name.starts_with("linear") && name.contains("EXL2")
+            || name.starts_with("row independence: linear")
+    });
+}
+
 #[test]
 fn kernels_that_do_nothing_do_not_conform() {
     let reports = run("kernels=off capability=8.0", |name| {

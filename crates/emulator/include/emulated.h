@@ -102,7 +102,12 @@ struct Entry {
     const char* name;
     void (*run)(const void* args);
     size_t args_bytes;
+    // Threads of a block, at most.
+    size_t most_threads;
 };
+
+// The first of a kernel's bounds.
+constexpr size_t first_of(size_t first, size_t = 0) { return first; }
 
 template <typename Args>
 constexpr size_t args_bytes_of(void (*)(Args)) {
@@ -116,10 +121,10 @@ void run_with(void (*kernel)(Args), const void* args) {
 
 }  // namespace emulated
 
-#define ENTRY(NAME)                                                             \
+#define ENTRY(NAME, ...)                                                        \
     {                                                                           \
         #NAME, [](const void* args) { emulated::run_with(NAME, args); },        \
-            emulated::args_bytes_of(NAME)                                       \
+            emulated::args_bytes_of(NAME), emulated::first_of(__VA_ARGS__)      \
     }
 
 extern emulated::Index threadIdx, blockIdx, blockDim, gridDim;

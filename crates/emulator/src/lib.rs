@@ -49,6 +49,7 @@ struct Entry {
     name: *const c_char,
     run: unsafe extern "C" fn(*const c_void),
     args_bytes: usize,
+    most_threads: usize,
 }
 
 unsafe extern "C" {
@@ -61,6 +62,7 @@ unsafe extern "C" {
 pub struct Kernel {
     run: unsafe extern "C" fn(*const c_void),
     args_bytes: usize,
+    most_threads: usize,
 }
 
 thread_local! {
@@ -86,9 +88,14 @@ impl Kernel {
                         name: found,
                         run,
                         args_bytes,
+                        most_threads,
                     } = *entry;
                     if CStr::from_ptr(found) == name {
-                        return Some(Self { run, args_bytes });
+                        return Some(Self {
+                            run,
+                            args_bytes,
+                            most_threads,
+                        });
                     }
                     entry = entry.add(1);
                 }
@@ -111,6 +118,13 @@ impl Kernel {
     /// No other thread is in this function.
     pub unsafe fn run(&self, launch: Launch, args: &[u8]) -> Result<(), String> {
         assert_eq!(args.len(), self.args_bytes, "the kernel's structure");
+        let threads: u32 = launch.block.iter().product();
+        if threads as usize > self.most_threads {
+            let most = self.most_threads;
+            return Err(format!(
+                "blocks of {threads} threads, where {most} are allowed"
+            ));
+        }
         // As a GPU has arguments: aligned to whatever they may hold.
         let mut words = vec![0_u128; args.len().div_ceil(size_of::<u128>())];
         // SAFETY: the words have room for as many bytes.

@@ -12,6 +12,7 @@
 //! | --- | --- |
 //! | `devices=2` | GPUs, of 1 GiB each unless `memory=BYTES` says otherwise |
 //! | `capability=8.0` | compute capability |
+//! | `images=8.0` | what device code is made for, if that is older: Hopper's own kernels are not in it |
 //! | `driver=13000` | the version that the driver says it is of |
 //! | `init=803` | what starting the driver is answered with |
 //! | `others=BYTES` | memory of every GPU that another process holds |

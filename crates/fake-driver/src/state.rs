@@ -92,6 +92,8 @@ pub(crate) struct State {
     pub(crate) memory_bytes: usize,
     pub(crate) others_bytes: usize,
     pub(crate) capability: (i32, i32),
+    /// What device code is made for, if not for that.
+    pub(crate) images: Option<(i32, i32)>,
     pub(crate) driver_version: i32,
     pub(crate) init_code: Code,
     pub(crate) has_management: bool,
@@ -157,6 +159,7 @@ impl State {
             memory_bytes: 1 << 30,
             others_bytes: 0,
             capability: (9, 0),
+            images: None,
             driver_version: 13_000,
             init_code: SUCCESS,
             has_management: true,
@@ -210,10 +213,8 @@ impl State {
             }
             "nvml" => self.has_management = value != "off",
             "trace" => self.trace = (value == "on").then(Vec::new),
-            "capability" => {
-                let (major, minor) = value.split_once('.')?;
-                self.capability = (major.parse().ok()?, minor.parse().ok()?);
-            }
+            "capability" => self.capability = parse_capability(value)?,
+            "images" => self.images = Some(parse_capability(value)?),
             "fault" => {
                 (self.calls, self.has_fired) = (0, false);
                 self.fault = match value {
@@ -375,6 +376,11 @@ impl State {
         }
         Ok(())
     }
+}
+
+fn parse_capability(text: &str) -> Option<(i32, i32)> {
+    let (major, minor) = text.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 impl Fault {

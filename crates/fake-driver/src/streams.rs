@@ -261,7 +261,7 @@ unsafe extern "C" fn cuModuleGetFunction(
         };
         let name_bytes = name.to_bytes();
         let is_hoppers = HOPPERS.iter().any(|&begins| name_bytes.starts_with(begins));
-        if is_hoppers && state.capability != (9, 0) {
+        if is_hoppers && state.images.unwrap_or(state.capability) != (9, 0) {
             return Err(NOT_FOUND);
         }
         let kind = Kind::Function {

@@ -194,6 +194,13 @@ fn matrices_of(
 }
 
 impl CudaDevice {
+    /// What launches of products may take.
+    pub(super) fn limits(&self) -> Limits {
+        // No other code has these kernels.
+        let is_hopper = self.kernels().linear.many.is_some();
+        Limits::of(self.info(), is_hopper)
+    }
+
     /// How products take so many rows.
     pub(crate) fn row_layout(&self, rows: usize) -> RowLayout {
         self.many_rows().layout(rows)
@@ -262,7 +269,7 @@ impl CudaDevice {
         let plan = operands[0].weights.plan;
         let range_units = operands.iter().map(|operand| operand.weights.range_units);
         let range_units = range_units.max().unwrap_or(0);
-        let limits = Limits::of(self.info());
+        let limits = self.limits();
         let mut first_row = 0;
         while first_row < rows {
             let (matrices, tiles) = matrices_of(operands, first_row);

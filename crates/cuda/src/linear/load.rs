@@ -15,7 +15,7 @@ use super::layout::{
     BlockInfo, Layout, MOST_BLOCKS, TILE_OUTPUTS, UNIT_BYTES, block_table, groups, section_ends,
 };
 use super::order::{Order, inverse, permutation_of};
-use super::plan::{Limits, Plan};
+use super::plan::{Plan};
 use super::ranges::RangeTable;
 use super::{CudaLinear, LinearMemory};
 use crate::buffer::CudaBuffer;
@@ -512,7 +512,7 @@ impl CudaDevice {
         let layout = Layout::new(&header);
         let needed = Bytes::from_usize(layout.total);
         self.check_reservation(|| format!("a linear of {header:?}"), needed, &reservation)?;
-        let limits = Limits::of(self.info());
+        let limits = self.limits();
         let plan = Plan::of(layout.blocks, limits.shared_bytes);
         let groups = groups(source);
         let blocks = block_table(&groups);

@@ -243,16 +243,16 @@ pub(crate) struct Limits {
     pub(crate) shared_bytes: usize,
     /// How many multiprocessors.
     pub(crate) multiprocessors: usize,
-    /// Whether kernels are compiled for compute capability 9.0.
+    /// Whether the device code is made for compute capability 9.0, not for an older one.
     pub(crate) is_hopper: bool,
 }
 
 impl Limits {
-    pub(crate) fn of(gpu: &GpuInfo) -> Self {
+    pub(crate) fn of(gpu: &GpuInfo, is_hopper: bool) -> Self {
         Self {
             shared_bytes: most_shared_bytes(gpu),
             multiprocessors: gpu.multiprocessors,
-            is_hopper: gpu.capability == (9, 0),
+            is_hopper,
         }
     }
 }
