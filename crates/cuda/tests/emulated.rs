@@ -35,7 +35,7 @@ fn conforms(settings: &str, least: usize, select: impl Fn(&str) -> bool) {
     assert_eq!(reports, [], "of {count} cases");
 }
 
-/// Two thirds of the time, for who has two cores.
+/// Two thirds of the time: a test of their own.
 fn is_of_rows(name: &str) -> bool {
     name.starts_with("row independence")
 }

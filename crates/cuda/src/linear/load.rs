@@ -15,7 +15,7 @@ use super::layout::{
     BlockInfo, Layout, MOST_BLOCKS, TILE_OUTPUTS, UNIT_BYTES, block_table, groups, section_ends,
 };
 use super::order::{Order, inverse, permutation_of};
-use super::plan::{Plan};
+use super::plan::Plan;
 use super::ranges::RangeTable;
 use super::{CudaLinear, LinearMemory};
 use crate::buffer::CudaBuffer;
