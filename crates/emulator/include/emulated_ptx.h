@@ -44,15 +44,12 @@ inline uint32_t times_plus(uint32_t a, uint32_t b, uint32_t c) {
 
 // --- Tensor cores ---
 
-inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    const uint32_t words[] = {a[0], a[1], a[2], a[3], b0, b1};
+inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1) {
+    const uint32_t words[] = {a0, a1, a2, a3, b0, b1};
     emulated::show(emulated::PRODUCT, words, 6);
     const double* sums = emulated::product();
     for (int i = 0; i < 4; ++i) c[i] = float(c[i] + sums[i]);
-}
-inline void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                     uint32_t b1) {
-    multiply_add(c, {a0, a1, a2, a3}, b0, b1);
 }
 
 // Lane l's words of four 8 x 8 blocks: row l / 4, columns 2 (l % 4) and the next one.

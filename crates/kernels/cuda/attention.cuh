@@ -88,6 +88,11 @@ __device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff80
 
 // --- Tensor cores. Lane l is g = l / 4, t = l % 4. ---
 
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                             uint32_t b1) {
+    multiply(c, a[0], a[1], a[2], a[3], b0, b1);
+}
+
 // The a operand from 16 rows of `stride` elements.
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], const __half* rows, int stride,
                                        int column, int lane) {
