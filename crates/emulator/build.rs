@@ -5,8 +5,10 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Units of Hopper's own instructions, which are not emulated.
-const HOPPERS: [&str; 2] = ["attention_groups", "linear_many"];
+use oxllama_nvcc::{UnitEntry, UnitSource};
+
+/// What units are compiled as: none of Hopper's own instructions is emulated.
+const TARGET: &str = "sm_80";
 
 fn main() {
     let kernels = Path::new("../kernels/cuda");
@@ -23,19 +25,17 @@ fn main() {
         // Products and sums are joined where a kernel says so, and nowhere else.
         .flag("-ffp-contract=off")
         .flag("-fno-strict-aliasing")
-        .flag("-Wno-unknown-pragmas")
-        // Attributes of a declaration that are of no use here.
-        .flag("-Wno-attributes")
         .opt_level(2)
         .debug(false)
+        // What CUDA's compiler knows and this one does not: pragmas, attributes.
         .warnings(false);
     let mut tables = String::new();
     let mut list = String::new();
-    for path in [units(kernels), units(tests)].concat() {
-        let unit = path.file_stem().unwrap_or_default().to_string_lossy();
-        let text = fs::read_to_string(&path).expect("a unit");
+    for source in [units(kernels), units(tests)].concat() {
+        let unit = &source.name;
         let mut entries = String::new();
-        for (name, bounds) in entries_of(&text) {
+        for UnitEntry { name, bounds } in source.entries() {
+            let bounds = bounds.as_deref().unwrap_or("emulated::MOST_THREADS");
             writeln!(entries, "    ENTRY({name}, {bounds}),").expect("a string takes everything");
         }
         // A namespace of its own: what units call by one name, a linker would make one.
@@ -63,35 +63,11 @@ fn main() {
     build.compile("oxllama_emulated_kernels");
 }
 
-/// Files of a folder's units that are emulated, in order.
-fn units(folder: &Path) -> Vec<PathBuf> {
-    let is_hoppers = |path: &PathBuf| {
-        let unit = path.file_stem().unwrap_or_default();
-        HOPPERS.iter().any(|&hoppers| unit == hoppers)
-    };
-    let mut units: Vec<PathBuf> = fs::read_dir(folder)
-        .expect("a folder of kernels")
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
-        .filter(|path| !is_hoppers(path))
-        .collect();
-    units.sort();
+/// A folder's units that are emulated.
+fn units(folder: &Path) -> Vec<UnitSource> {
+    let mut units = oxllama_nvcc::units(folder).expect("a folder of kernels");
+    units.retain(|unit| !unit.kernels_on(TARGET).is_empty());
     units
-}
-
-/// Names of a unit's entries and what stands in their bounds, or what bounds every block:
-/// `__global__ void __launch_bounds__(BOUNDS) NAME(const __grid_constant__`.
-fn entries_of(text: &str) -> impl Iterator<Item = (&str, &str)> {
-    text.match_indices("(const __grid_constant__")
-        .map(|(at, _)| {
-            let before = &text[..at];
-            let start = before.rfind("__global__").expect("an entry is global");
-            let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_';
-            let (head, name) = before.split_at(before.trim_end_matches(is_name).len());
-            let bounds = head[start..].split_once("__launch_bounds__(");
-            let bounds = bounds.and_then(|(_, bounds)| Some(bounds.rsplit_once(')')?.0));
-            (name, bounds.unwrap_or("emulated::MOST_THREADS"))
-        })
 }
 
 /// Leaves a file that is right already as it is.

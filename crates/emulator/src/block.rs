@@ -13,10 +13,7 @@ use crate::{Launch, Order};
 /// Threads of a warp.
 const LANES: usize = 32;
 
-/// Threads of a block, at most.
-const MOST_THREADS: usize = 1024;
-
-/// Bytes of a thread's stack: kernels keep little there, without optimisation a few times more.
+/// Bytes of a thread's stack: kernels keep little there.
 const STACK_BYTES: usize = 128 << 10;
 
 /// `emulated::BLOCK`; everything else is a meeting of a warp.
@@ -64,25 +61,20 @@ impl Threads {
     /// Runs a kernel's blocks in order.
     ///
     /// # Safety
-    /// As `Kernel::run` of the crate; `args` are aligned.
+    /// As `Kernel::run` of the crate, which has looked at the launch; `args` are aligned.
     pub(crate) unsafe fn run(
         &mut self,
         kernel: Kernel,
         launch: Launch,
         args: *const c_void,
     ) -> Result<(), String> {
-        let count: u32 = launch.block.iter().product();
-        let count = count as usize;
-        if !(1..=MOST_THREADS).contains(&count) {
-            return Err(format!("blocks of {count} threads"));
-        }
         let [width, height, depth] = launch.grid;
         for z in 0..depth {
             for y in 0..height {
                 for x in 0..width {
                     let block = [x, y, z];
                     self.begin(launch, block)?;
-                    let mut threads = self.start(kernel, args, count)?;
+                    let mut threads = self.start(kernel, args, launch.threads())?;
                     let result = run_block(&mut threads, launch.order);
                     for thread in threads {
                         self.stacks.push(finished_stack(thread));

@@ -9,7 +9,7 @@
 //! numbers that are none and ends at a page that cannot be touched, and threads of a warp that come
 //! to different meetings are an error.
 //!
-//! Not here: what Hopper alone has (`build.rs` lists the units), clusters, and the order in which
+//! Not here: units made of Hopper's own instructions, clusters, and the order in which
 //! tensor cores add.
 
 mod block;
@@ -41,6 +41,13 @@ pub struct Launch {
     pub shared_bytes: usize,
     /// Whose turn it is.
     pub order: Order,
+}
+
+impl Launch {
+    /// Threads of a block.
+    fn threads(&self) -> usize {
+        self.block.iter().product::<u32>() as usize
+    }
 }
 
 /// `emulated::Entry` of `emulated.h`.
@@ -118,9 +125,8 @@ impl Kernel {
     /// No other thread is in this function.
     pub unsafe fn run(&self, launch: Launch, args: &[u8]) -> Result<(), String> {
         assert_eq!(args.len(), self.args_bytes, "the kernel's structure");
-        let threads: u32 = launch.block.iter().product();
-        if threads as usize > self.most_threads {
-            let most = self.most_threads;
+        let (threads, most) = (launch.threads(), self.most_threads);
+        if !(1..=most).contains(&threads) {
             return Err(format!(
                 "blocks of {threads} threads, where {most} are allowed"
             ));

@@ -2,6 +2,8 @@
 
 use std::ffi::{CStr, c_char, c_void};
 
+use oxllama_emulator::Kernel;
+
 use crate::state::{
     CAPTURE_UNSUPPORTED, Call, Code, INVALID_HANDLE, INVALID_VALUE, Kind, LAUNCH_FAILED, NOT_FOUND,
     Object, State, call, give,
@@ -259,8 +261,8 @@ unsafe extern "C" fn cuModuleGetFunction(
         let Some(name) = name.filter(|name| !name.is_empty()) else {
             return Err(state.refuse(INVALID_VALUE, "a kernel without a name".to_owned()));
         };
-        let name_bytes = name.to_bytes();
-        let is_hoppers = HOPPERS.iter().any(|&begins| name_bytes.starts_with(begins));
+        // What is not emulated is made of Hopper's own instructions: images for other GPUs do not have it.
+        let is_hoppers = Kernel::find(name).is_none();
         if is_hoppers && state.images.unwrap_or(state.capability) != (9, 0) {
             return Err(NOT_FOUND);
         }
@@ -275,10 +277,6 @@ unsafe extern "C" fn cuModuleGetFunction(
         Ok(())
     })
 }
-
-/// What kernels' names begin with that are made of Hopper's own instructions: images for other GPUs
-/// do not have them.
-const HOPPERS: [&[u8]; 2] = [b"oxl_linear_many", b"oxl_attend_groups"];
 
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`
 const SHARED_BYTES: u32 = 8;

@@ -1,8 +1,8 @@
 //! How CUDA sources become images ahead of time: the units of a folder, the targets to compile
 //! them for, finding nvcc and running it, and what ptxas reports of registers and spills.
 //!
-//! Shared by the build script of `oxllama-kernels` and by `cargo xtask kernels`; no part of the
-//! program.
+//! Shared by the build scripts of `oxllama-kernels` and `oxllama-emulator` and by `cargo xtask
+//! kernels`; no part of the program.
 
 mod compiler;
 mod error;
@@ -16,4 +16,4 @@ pub use error::NvccError;
 pub use parallel::for_each_in_parallel;
 pub use ptxas::{FunctionReport, parse_report};
 pub use target::{ARCHITECTURES_VARIABLE, DEFAULT_TARGETS, Target};
-pub use unit::{UnitSource, headers, units};
+pub use unit::{UnitEntry, UnitSource, headers, units};

@@ -24,11 +24,16 @@ impl UnitSource {
         &self.texts[&format!("{}.cu", self.name)]
     }
 
-    /// Names of the kernels: the entries that the unit defines. Each is written
-    /// `extern "C" __global__ … name(`, attributes with parentheses in between or not.
+    /// Names of the kernels: the entries that the unit defines.
     pub fn kernels(&self) -> Vec<String> {
+        self.entries().into_iter().map(|entry| entry.name).collect()
+    }
+
+    /// The entries that the unit defines. Each is written `extern "C" __global__ … name(`, attributes
+    /// with parentheses in between or not.
+    pub fn entries(&self) -> Vec<UnitEntry> {
         let entries = self.text().split("extern \"C\" __global__").skip(1);
-        entries.filter_map(entry_name).collect()
+        entries.filter_map(UnitEntry::parse).collect()
     }
 
     /// Names of the kernels that `target` has: all, or none where the unit is made of another
@@ -42,27 +47,43 @@ impl UnitSource {
     }
 }
 
+/// A kernel of a unit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnitEntry {
+    /// By which it is found.
+    pub name: String,
+    /// What stands in its `__launch_bounds__(…)`, if it has any: expressions of the unit.
+    pub bounds: Option<String>,
+}
+
 /// What the compiler defines for the one target that has Hopper's own instructions, and that target.
 const HOPPER: (&str, &str) = ("#if defined(__CUDA_ARCH_FEAT_SM90_ALL)", "sm_90a");
 
-/// The last word before the parameters of what follows `__global__`.
-fn entry_name(declaration: &str) -> Option<String> {
-    let mut rest = declaration;
-    loop {
-        let open = rest.find('(')?;
-        let before = rest[..open].trim_end();
-        let start = before.rfind(|c: char| !c.is_alphanumeric() && c != '_');
-        let word = &before[start.map_or(0, |start| start + 1)..];
-        if !word.starts_with("__") {
-            return Some(word.to_owned());
+impl UnitEntry {
+    /// Of what follows `__global__`: the last word before the parameters is the name.
+    fn parse(declaration: &str) -> Option<Self> {
+        let mut rest = declaration;
+        let mut bounds = None;
+        loop {
+            let open = rest.find('(')?;
+            let before = rest[..open].trim_end();
+            let start = before.rfind(|c: char| !c.is_alphanumeric() && c != '_');
+            let word = &before[start.map_or(0, |start| start + 1)..];
+            if !word.starts_with("__") {
+                let name = word.to_owned();
+                return Some(Self { name, bounds });
+            }
+            // An attribute as `__launch_bounds__(256, 2)`: go on after its closing parenthesis.
+            let mut depth = 0;
+            let close = rest[open..].find(|c: char| {
+                depth += i32::from(c == '(') - i32::from(c == ')');
+                depth == 0
+            })?;
+            if word == "__launch_bounds__" {
+                bounds = Some(rest[open + 1..open + close].to_owned());
+            }
+            rest = &rest[open + close + 1..];
         }
-        // An attribute as `__launch_bounds__(256, 2)`: go on after its closing parenthesis.
-        let mut depth = 0;
-        let close = rest[open..].find(|c: char| {
-            depth += i32::from(c == '(') - i32::from(c == ')');
-            depth == 0
-        })?;
-        rest = &rest[open + close + 1..];
     }
 }
 
