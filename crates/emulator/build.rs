@@ -2,7 +2,6 @@
 
 use std::env;
 use std::fmt::Write as _;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use oxllama_nvcc::{UnitEntry, UnitSource};
@@ -44,7 +43,7 @@ fn main() {
             "#define oxl unit_{unit}\n#include <emulated_ptx.h>\n#include \"{unit}.cu\"\n\
              extern \"C\" const emulated::Entry oxl_entries_{unit}[] = {{\n{entries}    {{}}\n}};\n"
         );
-        write(&file, &source);
+        oxllama_nvcc::write_if_changed(&file, &source).expect("the build's own folder");
         build.file(&file);
         writeln!(
             tables,
@@ -58,7 +57,7 @@ fn main() {
         "#include <emulated.h>\n{tables}\
          extern \"C\" const emulated::Entry* const oxl_entries[] = {{\n{list}    nullptr\n}};\n"
     );
-    write(&file, &source);
+    oxllama_nvcc::write_if_changed(&file, &source).expect("the build's own folder");
     build.file(&file).file("include/emulated.cpp");
     build.compile("oxllama_emulated_kernels");
 }
@@ -68,12 +67,4 @@ fn units(folder: &Path) -> Vec<UnitSource> {
     let mut units = oxllama_nvcc::units(folder).expect("a folder of kernels");
     units.retain(|unit| !unit.kernels_on(TARGET).is_empty());
     units
-}
-
-/// Leaves a file that is right already as it is.
-fn write(path: &Path, text: &str) {
-    if fs::read_to_string(path).is_ok_and(|found| found == text) {
-        return;
-    }
-    fs::write(path, text).expect("the build's own folder");
 }

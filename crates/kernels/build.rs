@@ -2,7 +2,6 @@
 
 use std::env;
 use std::fmt::Write as _;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -46,7 +45,7 @@ fn build(folder: &Path, out: &Path) -> Result<(), NvccError> {
         )
         .expect("a string takes everything");
     }
-    write(&out.join("units.rs"), &(table + "]"));
+    oxllama_nvcc::write_if_changed(&out.join("units.rs"), &(table + "]"))?;
 
     let mut table = String::from("&[\n");
     for header in oxllama_nvcc::headers(folder)? {
@@ -54,10 +53,10 @@ fn build(folder: &Path, out: &Path) -> Result<(), NvccError> {
         let path = absolute(&header);
         writeln!(table, "({name:?}, include_str!({path:?})),").expect("a string takes everything");
     }
-    write(&out.join("headers.rs"), &(table + "]"));
+    oxllama_nvcc::write_if_changed(&out.join("headers.rs"), &(table + "]"))?;
 
     let names: Vec<String> = targets.iter().map(ToString::to_string).collect();
-    write(&out.join("targets.rs"), &format!("&{names:?}"));
+    oxllama_nvcc::write_if_changed(&out.join("targets.rs"), &format!("&{names:?}"))?;
     Ok(())
 }
 
@@ -112,12 +111,4 @@ fn compile(
 
 fn absolute(path: &Path) -> PathBuf {
     path.canonicalize().expect("the file was just listed")
-}
-
-/// Leaves a file that is right already as it is, so that nothing after it is built again.
-fn write(path: &Path, text: &str) {
-    if fs::read_to_string(path).is_ok_and(|found| found == text) {
-        return;
-    }
-    fs::write(path, text).expect("cargo's folder is writable");
 }

@@ -16,4 +16,4 @@ pub use error::NvccError;
 pub use parallel::for_each_in_parallel;
 pub use ptxas::{FunctionReport, parse_report};
 pub use target::{ARCHITECTURES_VARIABLE, DEFAULT_TARGETS, Target};
-pub use unit::{UnitEntry, UnitSource, headers, units};
+pub use unit::{UnitEntry, UnitSource, headers, units, write_if_changed};

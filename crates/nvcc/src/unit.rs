@@ -107,6 +107,17 @@ pub fn units(folder: &Path) -> Result<Vec<UnitSource>, NvccError> {
         .collect()
 }
 
+/// Writes a file, but leaves one that is right already as it is, so that nothing after it is built again.
+///
+/// # Errors
+/// The file cannot be written.
+pub fn write_if_changed(path: &Path, text: &str) -> Result<(), NvccError> {
+    if fs::read_to_string(path).is_ok_and(|found| found == text) {
+        return Ok(());
+    }
+    fs::write(path, text).map_err(NvccError::file("write", path))
+}
+
 /// Every header of `folder`, by name.
 ///
 /// # Errors
