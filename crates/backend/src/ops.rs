@@ -247,10 +247,16 @@ pub trait LinearOps: NormOps + ElementwiseOps {
     fn announce_reader(&self, _weights: &Self::Linear, _workspace: &mut Self::Workspace) {}
 
     /// Tells that the workspace's next operation is [`Self::norm_linears`] of two linears, a gate and an
-    /// up projection, and [`Self::gated_linear`] of the two with this activation the one after it,
-    /// which alone reads what they give: so a device may leave there what suits it. Results do not
+    /// up projection, and [`Self::gated_linear`] of the two with this activation and these weights the one
+    /// after it, which alone reads what they give: so a device may leave there what suits it. Results do not
     /// depend on it. By default nothing is made of it.
-    fn announce_gate(&self, _activation: Activation, _workspace: &mut Self::Workspace) {}
+    fn announce_gate(
+        &self,
+        _activation: Activation,
+        _weights: &Self::Linear,
+        _workspace: &mut Self::Workspace,
+    ) {
+    }
 
     /// [`GatedLinear`]; composed of [`ElementwiseOps::gate`] and [`Self::linear`] by default.
     ///

@@ -13,9 +13,13 @@
 //
 // What does not depend on earlier kernels comes before the wait for them: tables, the first units of weights.
 //
+// Gate and up can be gated here: a CTA has the same tiles of both, and stores their product as fp16 where the linear that
+// reads it wants it.
+//
 // Launch: grid = multiprocessors, at most a tile each; block = 32 * ranges; dynamic shared memory =
 // ranges * (SLOTS * SLOT_BYTES + 64 * rows * range_blocks + 128 * rows * tile_buffers +
-// 8 * matrices * range_units).
+// 8 * matrices * range_units), and if it is gated 128 * (rows + 1) for each of a CTA's tiles of gate.
+#include "rows.cuh"
 #include "units.cuh"
 
 namespace oxl {
@@ -148,6 +152,79 @@ __device__ __forceinline__ void store_tiles(const LinearArgs& args, const float*
     }
 }
 
+// The column tiles of a CTA by number: an equal, contiguous share of the launch's items; or the same share of gate's and
+// of up's, whose tiles follow each other.
+struct Share {
+    int first;  // item
+    int count;
+    int gates;  // how many before those of up; all if nothing is gated
+    int skip;   // items between the last of those and the first of up
+
+    template <bool IS_GATED>
+    static __device__ __forceinline__ Share of(const LinearArgs& args) {
+        const int ctas = gridDim.x;
+        const int cta = blockIdx.x;
+        const int items = IS_GATED ? args.items / 2 : args.items;
+        const int first = items * cta / ctas;
+        const int count = items * (cta + 1) / ctas - first;
+        return {args.first_item + first, IS_GATED ? 2 * count : count, count, IS_GATED ? items - count : 0};
+    }
+
+    __device__ __forceinline__ int item(int number) const {
+        return first + number + (number < gates ? 0 : skip);
+    }
+};
+
+// What gate and up leave in shared memory until they meet.
+struct GatedPlaces {
+    float* gates;      // [gates, rows, TILE_OUTPUTS], each lane's own
+    uint32_t* places;  // [gates, TILE_OUTPUTS]: where activation(gate) * up goes
+
+    __device__ __forceinline__ void load(const LinearArgs& args, const Share& share) {
+        const int first = share.first * TILE_OUTPUTS;
+        for (int i = threadIdx.x; i < share.gates * TILE_OUTPUTS; i += blockDim.x) {
+            places[i] = args.gated_places == nullptr ? first + i : __ldg(args.gated_places + first + i);
+        }
+    }
+};
+
+// Joins the sums of `tiles` tiles from `number` on. Those of gate wait for those of up, and activation(gate) * up is
+// stored. A row of a tile belongs to one warp, of gate as of up.
+__device__ __forceinline__ void store_gated(const LinearArgs& args, const float* sums, const Share& share,
+                                            const GatedPlaces& gated, int number, int tiles, int warp,
+                                            int lane) {
+    const int ranges = 1 << args.ranges_shift;
+    const int sum_floats = args.rows * TILE_OUTPUTS;
+    const int width = args.matrices[0].out_features;
+#pragma unroll 1
+    for (int index = 0; index < 2; ++index) {
+        const LinearMatrix& target = args.matrices[index];
+        const int first_tile = index * share.gates;
+        const int first = (max(number, first_tile) - first_tile) * args.rows;
+        const int end = (min(number + tiles, first_tile + share.gates) - first_tile) * args.rows;
+#pragma unroll 1
+        for (int i = first + (warp - first & ranges - 1); i < end; i += ranges) {
+            const int tile = i / args.rows;
+            const int row = i - tile * args.rows;
+            const float* from =
+                sums + (first_tile + tile - number) * ranges * sum_floats + sum_place(row, lane);
+            const float sum = sum_pairs(ranges, [&](int range) { return from[range * sum_floats]; });
+            const int output = (share.first + tile) * TILE_OUTPUTS + lane;
+            const float bias = target.bias == nullptr ? 0.0f : __ldg(target.bias + output);
+            const float y = fmaf(target.matrix.scale, sum, bias);
+            float* gate = gated.gates + i * TILE_OUTPUTS + lane;
+            if (index == 0) {
+                *gate = y;
+                continue;
+            }
+            const float product = __fmul_rn(activate_by_exponent(args.gate, *gate), y);
+            __half* out = args.gated + int64_t(row) * width;
+            out[gated.places[tile * TILE_OUTPUTS + lane]] = __low2half(clamped_half2(product, 0.0f));
+        }
+    }
+}
+
+template <bool IS_GATED>
 __device__ __forceinline__ void linear_few(const LinearArgs& args) {
     constexpr int RING = SLOTS * SLOT_BYTES;
     DYNAMIC_SHARED(char, shared, 128);
@@ -159,10 +236,8 @@ __device__ __forceinline__ void linear_few(const LinearArgs& args) {
     const int rows = args.rows;
     const int begin = args.blocks * warp >> args.ranges_shift;
     const int end = args.blocks * (warp + 1) >> args.ranges_shift;
-    const int ctas = gridDim.x;
-    const int cta = blockIdx.x;
-    const int first_item = args.first_item + args.items * cta / ctas;
-    const int item_end = args.first_item + args.items * (cta + 1) / ctas;
+    const Share share = Share::of<IS_GATED>(args);
+    const int item_end = share.item(share.count - 1) + 1;
 
     const int block_bytes = rows * ROW_BLOCK_BYTES;
     char* ring = shared + warp * RING;
@@ -171,24 +246,32 @@ __device__ __forceinline__ void linear_few(const LinearArgs& args) {
     float* all_sums =
         reinterpret_cast<float*>(shared + ranges * (RING + args.range_blocks * block_bytes));
     const int own_units = args.matrix_count * args.range_units;
-    Unit* units =
-        reinterpret_cast<Unit*>(all_sums + args.tile_buffers * ranges * sum_floats) +
-        warp * own_units;
-    int index = matrix_of(args, first_item);
+    Unit* all_units = reinterpret_cast<Unit*>(all_sums + args.tile_buffers * ranges * sum_floats);
+    Unit* units = all_units + warp * own_units;
+    int index = matrix_of(args, share.first);
     const int last_index = matrix_of(args, item_end - 1);
     load_tables(args, index, last_index, warp, lane, ranges, units, all_ranges[warp]);
 
-    Stream<1> stream = {args, ring, units, all_ranges[warp], args.range_units, lane, item_end};
+    Stream<1, IS_GATED> stream = {args, ring, units, all_ranges[warp], args.range_units, lane, item_end};
     stream.x.block_bytes = block_bytes;
     stream.slot = 0;
     stream.cursor.stride = 1;
-    stream.start(first_item, index);
+    stream.gate_end = share.first + share.gates;
+    stream.skip = share.skip;
+    stream.start(share.first, index);
     // Known early, so that the first results, which are often the only ones, do not wait for it.
     Places first_place = {0, 0};
-    first_place.advance(warp, rows);
     Target first;
-    if (first_place.tile < min(args.tile_buffers, item_end - first_item)) {
-        first = Target(args, first_item + first_place.tile, first_place.row, lane);
+    GatedPlaces gated = {};
+    if constexpr (IS_GATED) {
+        gated.gates = reinterpret_cast<float*>(all_units + ranges * own_units);
+        gated.places = reinterpret_cast<uint32_t*>(gated.gates + share.gates * sum_floats);
+        gated.load(args, share);
+    } else {
+        first_place.advance(warp, rows);
+        if (first_place.tile < min(args.tile_buffers, share.count)) {
+            first = Target(args, share.first + first_place.tile, first_place.row, lane);
+        }
     }
     dependency_wait();
 
@@ -201,7 +284,7 @@ __device__ __forceinline__ void linear_few(const LinearArgs& args) {
     float before = 0.0f;
     if (args.accumulate && first.out != nullptr) before = *first.out;
 #pragma unroll 1
-    for (int item = first_item; item < item_end;) {
+    for (int number = 0; number < share.count;) {
         const LinearMatrix& target = args.matrices[index];
         const int matrix_end = target.first_item + target.matrix.tiles;
         const Unit* unit = units + index * args.range_units;
@@ -212,15 +295,21 @@ __device__ __forceinline__ void linear_few(const LinearArgs& args) {
         }
         stream.multiply_range(unit, unit + unit_count, x_lane);
         put_row_tile(stream.sums[0], lane, rows, own_sums + buffer * ranges * sum_floats);
-        ++item;
-        if (++buffer == args.tile_buffers || item == item_end) {
+        ++number;
+        if (++buffer == args.tile_buffers || number == share.count) {
             __syncthreads();
-            store_tiles(args, all_sums, item - buffer, buffer, warp, lane, has_first, first, before);
+            const int done = number - buffer;
+            if constexpr (IS_GATED) {
+                store_gated(args, all_sums, share, gated, done, buffer, warp, lane);
+            } else {
+                store_tiles(args, all_sums, share.first + done, buffer, warp, lane, has_first, first,
+                            before);
+            }
             has_first = false;
-            if (item < item_end) __syncthreads();
+            if (number < share.count) __syncthreads();
             buffer = 0;
         }
-        if (item == matrix_end) ++index;
+        if (share.item(number) >= matrix_end) ++index;
     }
 }
 
@@ -230,5 +319,11 @@ __device__ __forceinline__ void linear_few(const LinearArgs& args) {
 // that prepares the next product's rows, which otherwise starts late.
 extern "C" __global__ void __launch_bounds__(640, 1)
     oxl_linear_few(const __grid_constant__ LinearArgs args) {
-    oxl::linear_few(args);
+    oxl::linear_few<false>(args);
+}
+
+// Of gate and up, two matrices of as many outputs, whole tiles of them: activation(gate) * up.
+extern "C" __global__ void __launch_bounds__(640, 1)
+    oxl_linear_few_gated(const __grid_constant__ LinearArgs args) {
+    oxl::linear_few<true>(args);
 }

@@ -226,8 +226,8 @@ __device__ __forceinline__ void clear(Sums<ROW_TILES>& sums) {
     }
 }
 
-// A warp's stream of units through its ring, multiplied in turn.
-template <int ROW_TILES>
+// A warp's stream of units through its ring, multiplied in turn. IS_GATED: the CTA has tiles of gate, then as many of up.
+template <int ROW_TILES, bool IS_GATED = false>
 struct Stream {
     // Blocks of a full unit that are multiplied without a branch between them.
     static constexpr int UNROLLED_BLOCKS = ROW_TILES == 1 ? 4 : 2;
@@ -243,6 +243,9 @@ struct Stream {
     int slot;  // of the next unit to multiply
     SharedRows x;
     Sums<ROW_TILES> sums;
+    // If it is gated: the first item past the CTA's of gate, and how many are between it and those of up.
+    int gate_end;
+    int skip;
 
     // Starts with `item`, which is of matrix `index` or a later one, or the CTA's end.
     __device__ __forceinline__ void start(int item, int index) {
@@ -274,6 +277,7 @@ struct Stream {
             cursor.copy(ring, lane);
             if (cursor.unit == cursor.units_end) {
                 cursor.item += cursor.stride;
+                if (IS_GATED && cursor.item == gate_end) cursor.item += skip;
                 if (cursor.item < cursor.matrix_end) {
                     cursor.next_tile(args);
                 } else {

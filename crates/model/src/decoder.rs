@@ -480,8 +480,9 @@ impl<D: Device> LayerPass<'_, D> {
             rows: self.rows,
         };
         let slots = [Slot::Gate, Slot::Up];
+        let down = &layer.linears.down;
         self.adapted
-            .announce_gate(self.spec.activation, self.workspace);
+            .announce_gate(self.spec.activation, down, self.workspace);
         self.adapted.norm_linears(&slots, args, self.workspace)
     }
 

@@ -8,8 +8,8 @@ use super::weights::{LinearCase, RandomLinear, Stored};
 use super::{Bench, CaseError, ConformanceError, Suite, differing_bits, oracle};
 use crate::{Activation, Device, GatedLinear, LinearOutput, NormLinears, Store};
 
-/// Of few rows, of some, and of a prompt that ends within a tile of rows.
-const ROWS: [usize; 3] = [3, 40, 300];
+/// Of one, of few, of some, and of a prompt that ends within a tile of rows.
+const ROWS: [usize; 5] = [1, 3, 8, 40, 300];
 
 /// Gate, up and down.
 struct Mlp {
@@ -161,7 +161,8 @@ impl<D: Device> Drawn<D> {
             rows,
         };
         if is_announced {
-            bench.device.announce_gate(activation, &mut workspace);
+            let device = bench.device;
+            device.announce_gate(activation, down_weights, &mut workspace);
         }
         bench.device.norm_linears(args, &mut workspace)?;
         let mut out = bench.upload(&self.old)?;

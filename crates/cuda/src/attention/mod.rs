@@ -206,12 +206,13 @@ impl AttentionOps for CudaDevice {
                 Some((reader, out))
             });
         self.attend_split(&args, (heads, ordered), &extents, inputs, scratch)?;
-        if let Some((reader, _)) = ordered {
-            workspace.handover.leave(Made {
+        if let Some((reader, made)) = ordered {
+            workspace.handover.leave(Some(Made {
                 source: args.out.address(),
                 rows: extents.rows,
                 reader,
-            });
+                made,
+            }));
             return Ok(());
         }
         let long = tiles.split()..tiles.split() + tiles.walked();

@@ -1,6 +1,7 @@
 //! What an operation gives, made as the next one wants it; the numbers are those of `prepare.cu`.
 //! Attention leaves fp16 in the order of the linear that reads it, so that no kernel between the two has
-//! to do that; gate and up projections leave their gated product, a quarter of their bytes.
+//! to do that; gate and up projections leave their gated product, a quarter of their bytes: of few rows in that
+//! order as well.
 
 use cudarc::driver::sys::CUdeviceptr;
 use oxllama_backend::{Activation, LinearOutput};
@@ -18,13 +19,27 @@ pub(crate) struct Reader {
     pub(crate) width: usize,
 }
 
-/// Rows that the operation before has made, in the scratch where prepared ones would be.
+impl Reader {
+    fn of(weights: &CudaLinear) -> Option<Self> {
+        let width = weights.in_features;
+        // The rest of a last block would have to be filled in.
+        let is_whole = width.is_multiple_of(BLOCK_INPUTS);
+        is_whole.then_some(Self {
+            order: weights.order,
+            width,
+        })
+    }
+}
+
+/// Rows that the operation before has made.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Made {
     /// The buffer that they would have gone to.
     pub(crate) source: CUdeviceptr,
     pub(crate) rows: usize,
     pub(crate) reader: Reader,
+    /// f16 `[rows, width]`, in the reader's order.
+    pub(crate) made: CUdeviceptr,
 }
 
 impl Made {
@@ -45,6 +60,14 @@ impl Made {
     }
 }
 
+/// What becomes of gate and up.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AnnouncedGate {
+    pub(super) activation: Activation,
+    /// Who reads the product; `None` where nothing can be made for it.
+    pub(super) reader: Option<Reader>,
+}
+
 /// `activation(gate) ⊙ up` as f16 `[rows, width]`, in the buffer that the gate was to go to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Gated {
@@ -58,30 +81,33 @@ pub(super) struct Gated {
 pub(crate) struct Handover {
     reader: Option<Reader>,
     made: Option<Made>,
-    gate: Option<Activation>,
+    gate: Option<AnnouncedGate>,
     gated: Option<Gated>,
 }
 
 impl Handover {
     /// Takes note of who reads what the next operation gives.
     pub(crate) fn announce(&mut self, weights: &CudaLinear) {
-        let width = weights.in_features;
-        // The rest of a last block would have to be filled in.
-        let is_whole = width.is_multiple_of(BLOCK_INPUTS);
-        self.reader = is_whole.then_some(Reader {
-            order: weights.order,
-            width,
+        self.reader = Reader::of(weights);
+    }
+
+    /// Takes note that the next operation is gate and up, and of what becomes of them.
+    pub(super) fn announce_gate(&mut self, activation: Activation, weights: &CudaLinear) {
+        self.gate = Some(AnnouncedGate {
+            activation,
+            reader: Reader::of(weights),
         });
     }
 
-    /// Takes note that the next operation is gate and up, and the activation.
-    pub(super) fn announce_gate(&mut self, activation: Activation) {
-        self.gate = Some(activation);
+    /// What becomes of gate and up, if they are this operation.
+    pub(super) fn gate(&mut self) -> Option<AnnouncedGate> {
+        self.gate.take()
     }
 
-    /// The activation, if this operation is gate and up.
-    pub(super) fn gate(&mut self) -> Option<Activation> {
-        self.gate.take()
+    /// Whether the operation before has made these rows for who reads them.
+    pub(super) fn has_rows(&self, source: CUdeviceptr, rows: usize) -> bool {
+        self.made
+            .is_some_and(|made| (made.source, made.rows) == (source, rows))
     }
 
     /// Takes note of a gated product.
@@ -101,20 +127,21 @@ impl Handover {
         reader
     }
 
-    /// Takes note of rows that the operation has made.
-    pub(crate) fn leave(&mut self, made: Made) {
-        self.made = Some(made);
+    /// Takes note of rows that the operation has made, if it has.
+    pub(crate) fn leave(&mut self, made: Option<Made>) {
+        self.made = made;
     }
 
-    /// Whether the rows to multiply have been made already. What has been announced is not for this
+    /// Where the rows to multiply are, if they have been made already. What has been announced is not for this
     /// operation.
-    pub(crate) fn has_made(
+    pub(crate) fn made(
         &mut self,
         rows: &Prepare<'_>,
         linears: &[LinearOutput<'_, CudaLinear, CudaBuffer>],
-    ) -> bool {
+    ) -> Option<CUdeviceptr> {
         let made = self.made;
         *self = Self::default();
-        made.is_some_and(|made| made.serves(rows, linears))
+        let made = made.filter(|made| made.serves(rows, linears));
+        made.map(|made| made.made)
     }
 }

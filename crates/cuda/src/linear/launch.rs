@@ -14,7 +14,7 @@ use crate::device::CudaDevice;
 use crate::error::CudaUnavailable;
 use crate::launch::Launch;
 use crate::module::{Kernel, Modules};
-use crate::prepare::RowLayout;
+use crate::prepare::{RowLayout, activation_number};
 
 /// Warps of a block of `oxl_dequantise`, and the blocks of weights that one takes.
 const DEQUANTISE_WARPS: usize = 8;
@@ -45,6 +45,8 @@ pub(super) struct LinearMatrix {
 struct LinearArgs {
     partials: CUdeviceptr,
     counters: CUdeviceptr,
+    gated: CUdeviceptr,
+    gated_places: CUdeviceptr,
     matrix_count: i32,
     rows: i32,
     accumulate: i32,
@@ -58,7 +60,7 @@ struct LinearArgs {
     tile_buffers: i32,
     parts_shift: i32,
     part_blocks: i32,
-    reserved: i32,
+    gate: i32,
     matrices: [LinearMatrix; MOST_MATRICES],
 }
 
@@ -89,6 +91,7 @@ struct AddBiasArgs {
 pub(crate) struct LinearKernels {
     /// Up to 8 rows, whose activations a multiprocessor has room for.
     few: Kernel,
+    few_gated: Kernel,
     /// Up to 8, 16, 24 and 32 rows.
     parts: [Kernel; 4],
     /// More than [`ManyRows::few_rows`], where there are such kernels.
@@ -109,6 +112,7 @@ impl LinearKernels {
         let repack = |name| modules.kernel("repack", name, 0);
         Ok(Self {
             few: modules.kernel("linear", "oxl_linear_few", shared_bytes)?,
+            few_gated: modules.kernel("linear", "oxl_linear_few_gated", shared_bytes)?,
             parts: [
                 parts("oxl_linear_8")?,
                 parts("oxl_linear_16")?,
@@ -157,9 +161,21 @@ impl LinearMatrix {
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Finish {
     Store(Store),
-    /// Of gate and up, `activation(gate) ⊙ up` goes to the gate's output as f16 `[rows, out_features]`
-    /// (`CudaDevice::can_gate`).
-    Gate(Activation),
+    /// Of gate and up, `activation(gate) ⊙ up` is stored as f16 `[rows, out_features]`
+    /// (`CudaDevice::gating`).
+    Gate(Activation, GatedRows),
+}
+
+/// Where gated products go.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum GatedRows {
+    /// To the gate's output: of many rows.
+    InPlace,
+    /// To memory of its own, each output to the place that is given, or its own: of few rows.
+    Placed {
+        out: CUdeviceptr,
+        places: Option<CUdeviceptr>,
+    },
 }
 
 /// `(1 if the output keeps its old contents, factor of the product)`
@@ -168,6 +184,14 @@ pub(super) fn store_numbers(store: Store) -> (i32, f32) {
         Store::Overwrite => (0, 1.0),
         Store::Add { scale } => (1, scale),
     }
+}
+
+/// Units of the range that has most of them, of all weights.
+pub(super) fn most_range_units<'a>(weights: impl Iterator<Item = &'a CudaLinear>) -> usize {
+    weights
+        .map(|weights| weights.range_units)
+        .max()
+        .unwrap_or(0)
 }
 
 /// The matrices of launches from `first_row` on, and their column tiles.
@@ -235,19 +259,19 @@ impl CudaDevice {
             // SAFETY: the caller's promise.
             return unsafe { self.multiply_many(kernels, operands, rows, finish) };
         }
+        if rows <= self.many_rows().few_rows() {
+            // SAFETY: the caller's promise.
+            return unsafe { self.multiply_few(operands, rows, finish, scratch) };
+        }
         let Finish::Store(store) = finish else {
             unreachable!("gated products of {rows} rows, which are no chunks");
         };
-        if rows <= self.many_rows().few_rows() {
-            // SAFETY: the caller's promise.
-            return unsafe { self.multiply_few(operands, rows, store, scratch) };
-        }
         for operand in operands {
             // SAFETY: the caller's promise.
             if !unsafe { self.multiply_unpacked(operand, rows, store, scratch)? } {
                 let operand = std::slice::from_ref(operand);
                 // SAFETY: as above.
-                unsafe { self.multiply_few(operand, rows, store, scratch)? };
+                unsafe { self.multiply_few(operand, rows, finish, scratch)? };
             }
         }
         Ok(())
@@ -261,14 +285,23 @@ impl CudaDevice {
         &self,
         operands: &[Operand<'_>],
         rows: usize,
-        store: Store,
+        finish: Finish,
         scratch: &LinearScratch,
     ) -> Result<(), DeviceError> {
+        let store = match finish {
+            Finish::Store(store) => store,
+            Finish::Gate(..) => Store::Overwrite,
+        };
         let (accumulate, store_scale) = store_numbers(store);
+        let (gate, gated, gated_places) = match finish {
+            Finish::Gate(activation, GatedRows::Placed { out, places }) => {
+                (activation_number(activation), out, places.unwrap_or(0))
+            }
+            _ => (0, 0, 0),
+        };
         // All matrices have as many inputs.
         let plan = operands[0].weights.plan;
-        let range_units = operands.iter().map(|operand| operand.weights.range_units);
-        let range_units = range_units.max().unwrap_or(0);
+        let range_units = most_range_units(operands.iter().map(|operand| operand.weights));
         let limits = self.limits();
         let mut first_row = 0;
         while first_row < rows {
@@ -278,6 +311,7 @@ impl CudaDevice {
                 matrices: operands.len(),
                 tiles,
                 range_units,
+                is_gated: matches!(finish, Finish::Gate(..)),
             };
             let Some(division) = plan.divide(shape, limits) else {
                 assert!(
@@ -287,7 +321,7 @@ impl CudaDevice {
                 // Their tables do not fit together.
                 for operand in operands {
                     // SAFETY: the caller's promise.
-                    unsafe { self.multiply_few(&[*operand], rows, store, scratch)? };
+                    unsafe { self.multiply_few(&[*operand], rows, finish, scratch)? };
                 }
                 return Ok(());
             };
@@ -298,6 +332,8 @@ impl CudaDevice {
             let args = LinearArgs {
                 partials: scratch.partial_sums(),
                 counters: scratch.counters(),
+                gated,
+                gated_places,
                 matrix_count: operands.len() as i32,
                 rows: division.rows as i32,
                 accumulate,
@@ -311,11 +347,11 @@ impl CudaDevice {
                 tile_buffers: tile_buffers as i32,
                 parts_shift: parts.ilog2() as i32,
                 part_blocks: part_blocks as i32,
-                reserved: 0,
+                gate,
                 matrices,
             };
             // SAFETY: the caller's promise.
-            unsafe { self.launch_division(division, args, scratch)? };
+            unsafe { self.launch_division((division, shape), args, scratch)? };
             first_row += division.rows;
         }
         Ok(())
@@ -328,12 +364,13 @@ impl CudaDevice {
     /// As [`Self::multiply`], of what `args` names.
     unsafe fn launch_division(
         &self,
-        division: Division,
+        (division, shape): (Division, LaunchShape),
         mut args: LinearArgs,
         scratch: &LinearScratch,
     ) -> Result<(), DeviceError> {
         let kernels = &self.kernels().linear;
         let (kernel, parts) = match division.kind {
+            Kind::Few { .. } if shape.is_gated => (kernels.few_gated, 1),
             Kind::Few { .. } => (kernels.few, 1),
             Kind::Parts { parts, .. } => {
                 let row_tiles = division.rows.div_ceil(ROWS_OF_TILE);
@@ -346,13 +383,15 @@ impl CudaDevice {
             _ => scratch.partials / parts,
         };
         let shares = (self.info().multiprocessors / parts).max(1);
+        // Of gate and of up a CTA has as many.
+        let tiles_apart = if shape.is_gated { 2 } else { 1 };
         for first_tile in (0..tiles).step_by(most_tiles) {
             let items = (tiles - first_tile).min(most_tiles);
             args.first_item = first_tile as i32;
             args.items = items as i32;
             let launch = Launch {
                 shared_bytes: division.shared_bytes,
-                ..Launch::linear(parts * shares.min(items), division.warps * 32)
+                ..Launch::linear(parts * shares.min(items / tiles_apart), division.warps * 32)
             };
             // SAFETY: the structure is the kernel's; its partial sums have room; the rest is the
             // caller's promise.

@@ -157,7 +157,7 @@ impl CudaDevice {
     ) -> Result<(), DeviceError> {
         let ((accumulate, store_scale), gate) = match finish {
             Finish::Store(store) => (store_numbers(store), NOT_GATED),
-            Finish::Gate(activation) => ((0, 1.0), activation_number(activation)),
+            Finish::Gate(activation, _) => ((0, 1.0), activation_number(activation)),
         };
         let mut matrices = [LinearMatrix::default(); MOST_MATRICES];
         let mut items = 0;

@@ -26,15 +26,15 @@ use crate::prepare::{MOST_PREPARED, Prepare, PreparedRows, RowLayout};
 use crate::step::CudaWorkspace;
 use crate::stream::PinnedBuffer;
 pub(crate) use blaslt::{BlasLt, Product};
-use handover::Gated;
+use handover::{AnnouncedGate, Gated};
 pub(crate) use handover::{Handover, Made, Reader};
 pub(crate) use launch::LinearKernels;
-use launch::{Finish, Operand};
+use launch::{Finish, GatedRows, Operand, most_range_units};
 use layout::{Layout, TileMatrix};
 pub(crate) use load::LoaderPool;
 pub(crate) use many::ROWS_OF_CHUNK;
 use order::Order;
-use plan::Plan;
+use plan::{LaunchShape, Plan};
 pub(crate) use scratch::{LIBRARY_BYTES, LinearScratch};
 
 /// Matrices of one launch; `MOST_MATRICES` in `linear.cu`.
@@ -102,7 +102,7 @@ impl CudaDevice {
         finish: Finish,
         workspace: &mut CudaWorkspace,
     ) -> Result<(), DeviceError> {
-        let is_made = workspace.handover.has_made(&rows, linears);
+        let made = workspace.handover.made(&rows, linears);
         let scratch = &workspace.linear;
         if rows.rows > scratch.rows {
             return Err(self.too_many_rows(rows.rows, scratch));
@@ -126,27 +126,48 @@ impl CudaDevice {
             }
             let (group, later) = rest.split_at_mut(count);
             rest = later;
-            self.multiply_group((rows, is_made), &orders, group, &slots, finish, scratch)?;
+            self.multiply_group((rows, made), &orders, group, &slots, finish, scratch)?;
         }
         Ok(())
     }
 
-    /// Whether gate and up can be multiplied in one launch that leaves their gated product.
-    fn can_gate(
+    /// How gate and up can be multiplied in one launch that leaves their gated product, if they can.
+    fn gating(
         &self,
         linears: &[LinearOutput<'_, CudaLinear, CudaBuffer>],
         rows: usize,
-        activation: Activation,
-    ) -> bool {
+        announced: AnnouncedGate,
+        scratch: &LinearScratch,
+    ) -> Option<Finish> {
+        let AnnouncedGate { activation, reader } = announced;
         let [gate, up] = linears else {
-            return false;
+            return None;
         };
-        let width = gate.weights.out_features;
-        self.row_layout(rows) == RowLayout::Chunks
-            && activation != Activation::GeluErf
-            && up.weights.out_features == width
-            && up.weights.order.is_same(&gate.weights.order)
-            && self.kernels().prepare.takes_halves(width)
+        let (gate, up) = (gate.weights, up.weights);
+        let width = gate.out_features;
+        let is_pair = up.out_features == width && up.order.is_same(&gate.order);
+        if !is_pair || activation == Activation::GeluErf {
+            return None;
+        }
+        if self.row_layout(rows) == RowLayout::Chunks {
+            let takes_halves = self.kernels().prepare.takes_halves(width);
+            return takes_halves.then_some(Finish::Gate(activation, GatedRows::InPlace));
+        }
+        let shape = LaunchShape {
+            rows,
+            matrices: 2,
+            tiles: gate.layout.tiles + up.layout.tiles,
+            range_units: most_range_units([gate, up].into_iter()),
+            is_gated: true,
+        };
+        let reader = reader.filter(|reader| reader.width == width)?;
+        gate.plan.divide(shape, self.limits())?;
+        let inputs = RowLayout::Plain.padded_width(gate.in_features);
+        let rows = GatedRows::Placed {
+            out: scratch.next_activations(rows, width, inputs)?,
+            places: reader.order.places,
+        };
+        Some(Finish::Gate(activation, rows))
     }
 
     fn too_many_rows(&self, found: usize, scratch: &LinearScratch) -> DeviceError {
@@ -159,10 +180,10 @@ impl CudaDevice {
     }
 
     /// The same for linears of few enough orders of inputs, in one launch each of preparation,
-    /// unless the rows are made already, and product.
+    /// unless the rows are made already (all of one order), and product.
     fn multiply_group(
         &self,
-        (mut rows, is_made): (Prepare<'_>, bool),
+        (mut rows, made): (Prepare<'_>, Option<CUdeviceptr>),
         orders: &Orders,
         group: &mut [LinearOutput<'_, CudaLinear, CudaBuffer>],
         slots: &[usize; MOST_MATRICES],
@@ -179,7 +200,8 @@ impl CudaDevice {
         for (slot, prepared) in prepared[..orders.count].iter_mut().enumerate() {
             let out = scratch.activations(slot, rows.rows, rows.padded_width, rows.layout);
             prepared.permutation = orders.distinct[slot].permutation;
-            prepared.out = out.ok_or_else(|| self.too_many_rows(rows.rows, scratch))?;
+            let out = out.ok_or_else(|| self.too_many_rows(rows.rows, scratch))?;
+            prepared.out = made.unwrap_or(out);
         }
         let unused = Operand {
             weights: first,
@@ -201,7 +223,7 @@ impl CudaDevice {
         // SAFETY: the scratch holds the rows of every order; permutations belong to weights of
         // this width; outputs hold as many rows, and all of it outlives the step.
         unsafe {
-            if !is_made {
+            if made.is_none() {
                 self.prepare(rows, &prepared[..orders.count])?;
             }
             self.multiply(&operands[..group.len()], rows.rows, finish, scratch)
@@ -299,18 +321,30 @@ impl LinearOps for CudaDevice {
             ..plain_rows(args.x, args.rows, first.weights.in_features)
         };
         let announced = workspace.handover.gate();
-        let gate = announced.filter(|&kind| self.can_gate(args.linears, args.rows, kind));
-        let Some(activation) = gate else {
-            let finish = Finish::Store(Store::Overwrite);
-            return self.multiply_shared(rows, args.linears, finish, workspace);
-        };
-        self.multiply_shared(rows, args.linears, Finish::Gate(activation), workspace)?;
-        let gate = &args.linears[0];
-        workspace.handover.leave_gated(Gated {
-            gate: gate.out.address(),
-            rows: args.rows,
-            width: gate.weights.out_features,
+        let gating = announced.and_then(|announced| {
+            self.gating(args.linears, args.rows, announced, &workspace.linear)
         });
+        let finish = gating.unwrap_or(Finish::Store(Store::Overwrite));
+        self.multiply_shared(rows, args.linears, finish, workspace)?;
+        let gate = &args.linears[0];
+        let source = gate.out.address();
+        match finish {
+            Finish::Store(_) => {}
+            Finish::Gate(_, GatedRows::InPlace) => workspace.handover.leave_gated(Gated {
+                gate: source,
+                rows: args.rows,
+                width: gate.weights.out_features,
+            }),
+            Finish::Gate(_, GatedRows::Placed { out, .. }) => {
+                let reader = announced.and_then(|announced| announced.reader);
+                workspace.handover.leave(reader.map(|reader| Made {
+                    source,
+                    rows: args.rows,
+                    reader,
+                    made: out,
+                }));
+            }
+        }
         Ok(())
     }
 
@@ -318,8 +352,13 @@ impl LinearOps for CudaDevice {
         workspace.handover.announce(weights);
     }
 
-    fn announce_gate(&self, activation: Activation, workspace: &mut CudaWorkspace) {
-        workspace.handover.announce_gate(activation);
+    fn announce_gate(
+        &self,
+        activation: Activation,
+        weights: &CudaLinear,
+        workspace: &mut CudaWorkspace,
+    ) {
+        workspace.handover.announce_gate(activation, weights);
     }
 
     fn gated_linear(
@@ -338,6 +377,8 @@ impl LinearOps for CudaDevice {
                 is_half: true,
                 ..plain_rows(args.gate, args.rows, width)
             }
+        } else if workspace.handover.has_rows(args.gate.address(), args.rows) {
+            plain_rows(args.gate, args.rows, width)
         } else {
             Prepare {
                 gate: Some((args.activation, &*args.gate)),

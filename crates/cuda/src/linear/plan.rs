@@ -40,6 +40,9 @@ const ROW_BLOCK_BYTES: usize = 64;
 /// Bytes of a warp's sums of one row.
 const ROW_SUM_BYTES: usize = 128;
 
+/// Bytes of where a tile's outputs go, if they are gated.
+const TILE_PLACES_BYTES: usize = 128;
+
 /// Dynamic shared memory that a CTA may have.
 pub(crate) fn most_shared_bytes(gpu: &GpuInfo) -> usize {
     gpu.shared_per_block.get() as usize - STATIC_SHARED_BYTES
@@ -69,6 +72,8 @@ pub(crate) struct LaunchShape {
     pub(crate) tiles: usize,
     /// Units of the range that has most of them; no more than blocks.
     pub(crate) range_units: usize,
+    /// Whether they are gate and up of as many outputs, whose gated product is stored: by `oxl_linear_few_gated`.
+    pub(crate) is_gated: bool,
 }
 
 /// How a launch is divided.
@@ -133,6 +138,7 @@ impl Plan {
             matrices: 1,
             tiles: 1,
             range_units,
+            is_gated: false,
         };
         self.divide(shape, limits).is_some()
     }
@@ -144,6 +150,11 @@ impl Plan {
         let launches = shape.rows.div_ceil(ROWS_OF_LAUNCH);
         let rows = shape.rows.div_ceil(launches.max(1));
         let few = |rows| self.few(LaunchShape { rows, ..shape }, limits);
+        if shape.is_gated {
+            return (shape.rows <= ROWS_OF_TILE)
+                .then(|| few(shape.rows))
+                .flatten();
+        }
         let parts = |rows: usize| {
             let row_tiles = rows.div_ceil(ROWS_OF_TILE);
             let fewer = (1..row_tiles).rev().map(|tiles| tiles * ROWS_OF_TILE);
@@ -167,23 +178,34 @@ impl Plan {
             matrices,
             tiles,
             range_units,
+            is_gated,
         } = shape;
         let sum_bytes = rows * ROW_SUM_BYTES;
+        // Of gate and of up a CTA has as many.
+        let matrices_apart = if is_gated { matrices } else { 1 };
+        let cta_tiles = (tiles / matrices_apart).div_ceil(limits.multiprocessors) * matrices_apart;
+        let gated_bytes = match is_gated {
+            true => cta_tiles / 2 * (sum_bytes + TILE_PLACES_BYTES),
+            false => 0,
+        };
         let fixed = RING_BYTES
             + matrices * range_units * UNIT_ENTRY_BYTES
             + self.range_blocks * rows * ROW_BLOCK_BYTES;
-        let buffers = |bytes: usize| Some((bytes / self.ranges).checked_sub(fixed)? / sum_bytes);
+        let buffers = |bytes: usize| {
+            let bytes = bytes.checked_sub(gated_bytes)?;
+            Some((bytes / self.ranges).checked_sub(fixed)? / sum_bytes)
+        };
         let most_buffers = buffers(limits.shared_bytes)?;
         let beside_others = buffers(limits.shared_bytes.saturating_sub(ROOM_BYTES)).unwrap_or(0);
         let tile_buffers = beside_others
             .max(most_buffers.min(1))
-            .min(tiles.div_ceil(limits.multiprocessors))
+            .min(cta_tiles)
             .min(MOST_TILE_BUFFERS);
         (tile_buffers > 0).then_some(Division {
             rows,
             kind: Kind::Few { tile_buffers },
             warps: self.ranges,
-            shared_bytes: self.ranges * (fixed + tile_buffers * sum_bytes),
+            shared_bytes: self.ranges * (fixed + tile_buffers * sum_bytes) + gated_bytes,
         })
     }
 
@@ -314,6 +336,7 @@ mod tests {
                                 matrices,
                                 tiles,
                                 range_units: plan.range_blocks,
+                                is_gated: false,
                             };
                             // Those that do not fit together are multiplied one by one.
                             let alone = LaunchShape {
@@ -372,6 +395,7 @@ mod tests {
                 matrices: 1,
                 tiles,
                 range_units: plan.range_blocks.div_ceil(4),
+                is_gated: false,
             };
             let division = plan.divide(shape, limits).unwrap();
             match division.kind {

@@ -146,6 +146,21 @@ impl LinearScratch {
             .then(|| self.at(self.parts.activations + start))
     }
 
+    /// Where f16 `[rows, width]` for the next product go, beside rows of one order that this product reads, `inputs`
+    /// places each. `None` if there is no room.
+    pub(crate) fn next_activations(
+        &self,
+        rows: usize,
+        width: usize,
+        inputs: usize,
+    ) -> Option<CUdeviceptr> {
+        let start = self
+            .parts
+            .activation_bytes
+            .checked_sub(aligned(rows * width * HALF))?;
+        (aligned(rows * inputs * HALF) <= start).then(|| self.at(self.parts.activations + start))
+    }
+
     /// f32 `[partials, 32 rows or fewer, 32]`
     pub(crate) fn partial_sums(&self) -> CUdeviceptr {
         self.at(self.parts.partials)

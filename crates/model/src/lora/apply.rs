@@ -24,9 +24,14 @@ impl<D: Device> AdaptedLayer<'_, D> {
     }
 
     /// [`oxllama_backend::LinearOps::announce_gate`], where no adapter reads gate or up as well.
-    pub(crate) fn announce_gate(&self, activation: Activation, workspace: &mut D::Workspace) {
+    pub(crate) fn announce_gate(
+        &self,
+        activation: Activation,
+        weights: &D::Linear,
+        workspace: &mut D::Workspace,
+    ) {
         if self.groups.is_empty() {
-            self.device.announce_gate(activation, workspace);
+            self.device.announce_gate(activation, weights, workspace);
         }
     }
 
