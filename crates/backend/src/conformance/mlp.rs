@@ -52,6 +52,15 @@ fn mlps() -> Vec<Mlp> {
                 typical(192, 96, 56),
             ],
         },
+        // Enough tiles for all multiprocessors of a large GPU.
+        Mlp {
+            words: "EXL2 of many outputs",
+            linears: [
+                typical(160, 8448, 56),
+                typical(160, 8448, 56),
+                typical(8448, 96, 57),
+            ],
+        },
         Mlp {
             words: "GPTQ",
             linears: [gptq(160, 288), gptq(160, 288), gptq(288, 72)],
