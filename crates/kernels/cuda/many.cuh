@@ -13,7 +13,8 @@ struct LinearManyArgs {
     int32_t rows;
     int32_t row_stride;  // rows of a chunk in memory, a multiple of 256
     int32_t blocks;      // of K
-    int32_t items;       // of all matrices and the same rows: `first_item` of a matrix counts these
+    int32_t first;       // pair of an item and ROWS rows of this launch; a matrix' `first_item` counts items
+    int32_t end;
     int32_t accumulate;  // 0: out = y; 1: out += store_scale * y
     float store_scale;
     int32_t stages;       // of the ring
@@ -21,6 +22,7 @@ struct LinearManyArgs {
     int32_t gate;         // NOT_GATED, or ACTIVATION_.. other than erf's: of two matrices, gate and up, the
                           //   first's `out` receives activation(gate) * up in f16 [rows, out_features], a
                           //   multiple of 32
+    int32_t reserved;
     LinearMatrix matrices[oxl::MOST_MATRICES];
 };
 
@@ -95,9 +97,9 @@ struct Items {
         : args(args),
           row_tiles((args.rows + ROWS - 1) / ROWS),
           rank(blockIdx.x % CLUSTER),
-          index(blockIdx.x / CLUSTER) {}
+          index(args.first + blockIdx.x / CLUSTER) {}
 
-    __device__ __forceinline__ bool has_item() const { return index < args.items * row_tiles; }
+    __device__ __forceinline__ bool has_item() const { return index < args.end; }
     __device__ __forceinline__ void advance() { index += gridDim.x / CLUSTER; }
     __device__ __forceinline__ bool is_gated() const { return args.gate != NOT_GATED; }
     __device__ __forceinline__ int first_row() const { return index % row_tiles * ROWS; }

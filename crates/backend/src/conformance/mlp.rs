@@ -11,6 +11,10 @@ use crate::{Activation, Device, GatedLinear, LinearOutput, NormLinears, Store};
 /// Of one, of few, of some, and of a prompt that ends within a tile of rows.
 const ROWS: [usize; 5] = [1, 3, 8, 40, 300];
 
+/// One of many outputs, and its rows.
+const MANY_OUTPUTS: &str = "EXL2 of many outputs";
+const ROWS_OF_MANY_OUTPUTS: [usize; 3] = [1, 8, 200];
+
 /// Gate, up and down.
 struct Mlp {
     words: &'static str,
@@ -52,13 +56,13 @@ fn mlps() -> Vec<Mlp> {
                 typical(192, 96, 56),
             ],
         },
-        // Enough tiles for all multiprocessors of a large GPU.
+        // Tiles for all multiprocessors of a large GPU, and a last round for some of them.
         Mlp {
-            words: "EXL2 of many outputs",
+            words: MANY_OUTPUTS,
             linears: [
-                typical(160, 8448, 56),
-                typical(160, 8448, 56),
-                typical(8448, 96, 57),
+                exl2(vec![region(4, 64, 32)], 12_672, Some(56)),
+                exl2(vec![region(4, 64, 32)], 12_672, Some(56)),
+                typical(12_672, 96, 57),
             ],
         },
         Mlp {
@@ -81,7 +85,11 @@ pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), Conformance
             _ => &[Activation::Silu],
         };
         for &activation in activations {
-            for rows in ROWS {
+            let rows: &[usize] = match mlp.words {
+                MANY_OUTPUTS => &ROWS_OF_MANY_OUTPUTS,
+                _ => &ROWS,
+            };
+            for &rows in rows {
                 let name = format!("mlp {}, {activation:?}, {rows} rows", mlp.words);
                 let random = Random::for_case(&name);
                 let tolerances = &suite.tolerances;

@@ -62,12 +62,14 @@ struct LinearManyArgs {
     rows: i32,
     row_stride: i32,
     blocks: i32,
-    items: i32,
+    first: i32,
+    end: i32,
     accumulate: i32,
     store_scale: f32,
     stages: i32,
     block_bytes: i32,
     gate: i32,
+    reserved: i32,
     matrices: [LinearMatrix; MOST_MATRICES],
 }
 
@@ -103,40 +105,80 @@ impl ManyKernels {
     }
 }
 
-/// How a product is launched.
+/// What a launch costs beside its items, in the same unit.
+const LAUNCH_COST: usize = 1;
+
+/// Pairs of an item and its rows, `first` to `end`, and how they are launched.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Division {
     /// Of [`ITEM_ROWS`].
     kernel: usize,
+    first: usize,
+    end: usize,
     /// Clusters.
     clusters: usize,
     stages: usize,
     shared_bytes: usize,
 }
 
-impl Division {
-    /// The division of `rows` rows by `items` items of outputs, whose widest weights have `bits` bits.
-    fn of(
-        (rows, items): (usize, usize),
-        bits: usize,
-        multiprocessors: usize,
-        shared_bytes: usize,
-    ) -> Self {
-        let most_clusters = (multiprocessors / CLUSTER).max(1);
-        let count = |kernel: usize| items * rows.div_ceil(ITEM_ROWS[kernel]);
-        let cost = |kernel: usize| count(kernel).div_ceil(most_clusters) * ITEM_COSTS[kernel];
-        // Of those that cost the same, the one that takes weights apart least often.
-        let kernels = (0..ITEM_ROWS.len()).rev();
-        let kernel = kernels.min_by_key(|&kernel| cost(kernel)).unwrap_or(0);
+/// What there is to multiply: by how many clusters at most, with how much shared memory.
+#[derive(Debug, Clone, Copy)]
+struct Work {
+    rows: usize,
+    items: usize,
+    /// Of the widest weights.
+    bits: usize,
+    most_clusters: usize,
+    shared_bytes: usize,
+}
+
+impl Work {
+    fn pairs(&self, kernel: usize) -> usize {
+        self.items * self.rows.div_ceil(ITEM_ROWS[kernel])
+    }
+
+    /// What so many pairs cost: whole rounds of all clusters.
+    fn cost(&self, kernel: usize, pairs: usize) -> usize {
+        pairs.div_ceil(self.most_clusters) * ITEM_COSTS[kernel]
+    }
+
+    fn division(&self, kernel: usize, first: usize, end: usize) -> Division {
         let stage_bytes = ITEM_ROWS[kernel] * CHUNK_ROW_BYTES
             + CHUNK_SCALE_BYTES
-            + CTA_TILES * CHUNK_BLOCKS * bits * UNIT_BYTES;
-        let stages = ((shared_bytes - ALIGNMENT) / stage_bytes).min(MOST_STAGES);
-        Self {
+            + CTA_TILES * CHUNK_BLOCKS * self.bits * UNIT_BYTES;
+        let stages = ((self.shared_bytes - ALIGNMENT) / stage_bytes).min(MOST_STAGES);
+        Division {
             kernel,
-            clusters: count(kernel).min(most_clusters),
+            first,
+            end,
+            clusters: (end - first).min(self.most_clusters),
             stages,
             shared_bytes: ALIGNMENT + stages * stage_bytes,
+        }
+    }
+
+    /// The launches of all of it: one, or one of whole rounds and, where that costs less, a second one with pairs of half
+    /// the rows for the rest.
+    fn divide(&self) -> (Division, Option<Division>) {
+        // Of those that cost the same, the one that takes weights apart least often.
+        let kernels = (0..ITEM_ROWS.len()).rev();
+        let cost = |kernel: usize| self.cost(kernel, self.pairs(kernel));
+        let best = kernels.min_by_key(|&kernel| cost(kernel)).unwrap_or(0);
+        let halves = (1..ITEM_ROWS.len()).rev().filter_map(|kernel| {
+            let pairs = self.pairs(kernel);
+            let whole = pairs / self.most_clusters * self.most_clusters;
+            // Each pair is two of half its rows.
+            let is_even = 2 * pairs == self.pairs(kernel - 1);
+            let rest = self.cost(kernel - 1, 2 * (pairs - whole));
+            let all = self.cost(kernel, whole) + rest + LAUNCH_COST;
+            (is_even && 0 < whole && whole < pairs).then_some((all, kernel, whole))
+        });
+        match halves.min() {
+            Some((all, kernel, whole)) if all < cost(best) => (
+                self.division(kernel, 0, whole),
+                Some(self.division(kernel - 1, 2 * whole, self.pairs(kernel - 1))),
+            ),
+            _ => (self.division(best, 0, self.pairs(best)), None),
         }
     }
 }
@@ -172,27 +214,38 @@ impl CudaDevice {
         }
         let bits = operands.iter().map(|operand| operand.weights.widest_bits);
         let bits = bits.max().unwrap_or(0) as usize;
-        let multiprocessors = self.info().multiprocessors;
-        let division = Division::of((rows, items), bits, multiprocessors, kernels.shared_bytes);
-        let args = LinearManyArgs {
-            matrix_count: operands.len() as i32,
-            rows: rows as i32,
-            row_stride: rows.next_multiple_of(ROWS_OF_CHUNK) as i32,
-            blocks: operands[0].weights.layout.blocks as i32,
-            items: items as i32,
-            accumulate,
-            store_scale,
-            stages: division.stages as i32,
-            block_bytes: (bits * UNIT_BYTES) as i32,
-            gate,
-            matrices,
+        let work = Work {
+            rows,
+            items,
+            bits,
+            most_clusters: (self.info().multiprocessors / CLUSTER).max(1),
+            shared_bytes: kernels.shared_bytes,
         };
-        let launch = Launch {
-            shared_bytes: division.shared_bytes,
-            ..Launch::linear(CLUSTER * division.clusters, THREADS)
-        };
-        // SAFETY: the structure is the kernel's; the rest is the caller's promise.
-        unsafe { self.launch(kernels.kernels[division.kernel], launch, &args) }
+        let (first, second) = work.divide();
+        for division in std::iter::once(first).chain(second) {
+            let args = LinearManyArgs {
+                matrix_count: operands.len() as i32,
+                rows: rows as i32,
+                row_stride: rows.next_multiple_of(ROWS_OF_CHUNK) as i32,
+                blocks: operands[0].weights.layout.blocks as i32,
+                first: division.first as i32,
+                end: division.end as i32,
+                accumulate,
+                store_scale,
+                stages: division.stages as i32,
+                block_bytes: (bits * UNIT_BYTES) as i32,
+                gate,
+                reserved: 0,
+                matrices,
+            };
+            let launch = Launch {
+                shared_bytes: division.shared_bytes,
+                ..Launch::linear(CLUSTER * division.clusters, THREADS)
+            };
+            // SAFETY: the structure is the kernel's; the rest is the caller's promise.
+            unsafe { self.launch(kernels.kernels[division.kernel], launch, &args)? };
+        }
+        Ok(())
     }
 }
 
@@ -203,15 +256,53 @@ mod tests {
     /// Dynamic shared memory on an H100.
     const SHARED_BYTES: usize = 227 * 1024 - STATIC_SHARED_BYTES;
 
+    fn work(rows: usize, items: usize) -> Work {
+        Work {
+            rows,
+            items,
+            bits: 4,
+            most_clusters: 66,
+            shared_bytes: SHARED_BYTES,
+        }
+    }
+
     #[test]
     fn every_width_leaves_room_for_stages() {
         for bits in [2, 3, 4, 5, 6, 8, 16] {
             for rows in [129, 512, 2048] {
                 for items in [1, 16, 172] {
-                    let division = Division::of((rows, items), bits, 132, SHARED_BYTES);
-                    assert!((3..=MOST_STAGES).contains(&division.stages), "{division:?}");
-                    assert!(division.shared_bytes <= SHARED_BYTES, "{division:?}");
-                    assert!((1..=66).contains(&division.clusters), "{division:?}");
+                    let work = Work {
+                        bits,
+                        ..work(rows, items)
+                    };
+                    let (first, second) = work.divide();
+                    for division in std::iter::once(first).chain(second) {
+                        assert!((3..=MOST_STAGES).contains(&division.stages), "{division:?}");
+                        assert!(division.shared_bytes <= SHARED_BYTES, "{division:?}");
+                        assert!((1..=66).contains(&division.clusters), "{division:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn launches_cover_every_pair_once() {
+        for rows in [49, 128, 129, 200, 256, 257, 300, 384, 500, 1024, 2048, 5000] {
+            for items in [1, 8, 10, 44, 48, 65, 66, 67, 86, 300] {
+                let work = work(rows, items);
+                let (first, second) = work.divide();
+                // Rows of 64 of an item.
+                let place = |kernel: usize, pair: usize| {
+                    let tiles = rows.div_ceil(ITEM_ROWS[kernel]);
+                    (pair / tiles, pair % tiles * (ITEM_ROWS[kernel] / 64))
+                };
+                assert_eq!(first.first, 0);
+                let last = second.unwrap_or(first);
+                assert_eq!(last.end, work.pairs(last.kernel));
+                if let Some(second) = second {
+                    let end = place(first.kernel, first.end);
+                    assert_eq!(end, place(second.kernel, second.first), "{work:?}");
                 }
             }
         }
@@ -220,23 +311,27 @@ mod tests {
     #[test]
     fn fewer_rows_an_item_where_multiprocessors_would_have_none() {
         let rows_of = |rows, items| {
-            let division = Division::of((rows, items), 4, 132, SHARED_BYTES);
-            ITEM_ROWS[division.kernel]
+            let (first, second) = work(rows, items).divide();
+            let rows = |division: Division| ITEM_ROWS[division.kernel];
+            (rows(first), second.map(rows))
         };
         // llama2-7b: o, q k v, gate and up.
-        assert_eq!(rows_of(512, 16), 128);
-        assert_eq!(rows_of(512, 48), 256);
-        assert_eq!(rows_of(2048, 16), 256);
-        assert_eq!(rows_of(2048, 86), 256);
-        // tinyllama-1b: o.
-        assert_eq!(rows_of(512, 8), 64);
+        assert_eq!(rows_of(512, 16), (128, None));
+        assert_eq!(rows_of(512, 48), (256, Some(128)));
+        assert_eq!(rows_of(2048, 16), (256, None));
+        assert_eq!(rows_of(2048, 48), (256, None));
+        assert_eq!(rows_of(2048, 86), (256, Some(128)));
+        // tinyllama-1b: o; q, k and v; gate and up.
+        assert_eq!(rows_of(512, 8), (64, None));
+        assert_eq!(rows_of(2048, 10), (256, Some(128)));
+        assert_eq!(rows_of(2048, 44), (256, Some(128)));
     }
 
     #[test]
     fn the_structure_has_the_kernels_size() {
         assert_eq!(
             size_of::<LinearManyArgs>(),
-            10 * 4 + MOST_MATRICES * size_of::<LinearMatrix>()
+            12 * 4 + MOST_MATRICES * size_of::<LinearMatrix>()
         );
     }
 }
