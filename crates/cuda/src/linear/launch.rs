@@ -91,6 +91,7 @@ struct AddBiasArgs {
 pub(crate) struct LinearKernels {
     /// Up to 8 rows, whose activations a multiprocessor has room for.
     few: Kernel,
+    /// The same of gate and up.
     few_gated: Kernel,
     /// Up to 8, 16, 24 and 32 rows.
     parts: [Kernel; 4],
@@ -288,17 +289,17 @@ impl CudaDevice {
         finish: Finish,
         scratch: &LinearScratch,
     ) -> Result<(), DeviceError> {
-        let store = match finish {
-            Finish::Store(store) => store,
-            Finish::Gate(..) => Store::Overwrite,
+        let (store, (gate, gated, gated_places)) = match finish {
+            Finish::Store(store) => (store, (0, 0, 0)),
+            Finish::Gate(activation, GatedRows::Placed { out, places }) => {
+                let gate = activation_number(activation);
+                (Store::Overwrite, (gate, out, places.unwrap_or(0)))
+            }
+            Finish::Gate(_, GatedRows::InPlace) => {
+                unreachable!("gated products of {rows} rows in place, which are no chunks")
+            }
         };
         let (accumulate, store_scale) = store_numbers(store);
-        let (gate, gated, gated_places) = match finish {
-            Finish::Gate(activation, GatedRows::Placed { out, places }) => {
-                (activation_number(activation), out, places.unwrap_or(0))
-            }
-            _ => (0, 0, 0),
-        };
         // All matrices have as many inputs.
         let plan = operands[0].weights.plan;
         let range_units = most_range_units(operands.iter().map(|operand| operand.weights));
@@ -351,7 +352,7 @@ impl CudaDevice {
                 matrices,
             };
             // SAFETY: the caller's promise.
-            unsafe { self.launch_division((division, shape), args, scratch)? };
+            unsafe { self.launch_division((division, shape.is_gated), args, scratch)? };
             first_row += division.rows;
         }
         Ok(())
@@ -364,13 +365,13 @@ impl CudaDevice {
     /// As [`Self::multiply`], of what `args` names.
     unsafe fn launch_division(
         &self,
-        (division, shape): (Division, LaunchShape),
+        (division, is_gated): (Division, bool),
         mut args: LinearArgs,
         scratch: &LinearScratch,
     ) -> Result<(), DeviceError> {
         let kernels = &self.kernels().linear;
         let (kernel, parts) = match division.kind {
-            Kind::Few { .. } if shape.is_gated => (kernels.few_gated, 1),
+            Kind::Few { .. } if is_gated => (kernels.few_gated, 1),
             Kind::Few { .. } => (kernels.few, 1),
             Kind::Parts { parts, .. } => {
                 let row_tiles = division.rows.div_ceil(ROWS_OF_TILE);
@@ -384,7 +385,7 @@ impl CudaDevice {
         };
         let shares = (self.info().multiprocessors / parts).max(1);
         // Of gate and of up a CTA has as many.
-        let tiles_apart = if shape.is_gated { 2 } else { 1 };
+        let tiles_apart = if is_gated { 2 } else { 1 };
         for first_tile in (0..tiles).step_by(most_tiles) {
             let items = (tiles - first_tile).min(most_tiles);
             args.first_item = first_tile as i32;

@@ -228,6 +228,16 @@ mod tests {
                             let end = found.map(|start| start as usize + bytes);
                             assert!(end.is_some_and(|end| end <= scratch.parts.partials));
                         }
+                        if !is_many {
+                            // What the next product reads lies beside what this one does.
+                            let start = scratch.next_activations(rows, padded, padded);
+                            let start = start.map(|start| start as usize);
+                            let bytes = rows * padded * HALF;
+                            assert!(start.is_some_and(|start| start >= bytes));
+                            assert!(
+                                start.is_some_and(|start| start + bytes <= scratch.parts.partials)
+                            );
+                        }
                     }
                 }
                 let padded = RowLayout::Plain.padded_width(inputs);
