@@ -203,7 +203,7 @@ __device__ __forceinline__ void store_gated(const LinearArgs& args, const float*
         const int first = (max(number, first_tile) - first_tile) * args.rows;
         const int end = (min(number + tiles, first_tile + share.gates) - first_tile) * args.rows;
 #pragma unroll 1
-        for (int i = first + (warp - first & ranges - 1); i < end; i += ranges) {
+        for (int i = first + ((warp - first) & (ranges - 1)); i < end; i += ranges) {
             const int tile = i / args.rows;
             const int row = i - tile * args.rows;
             const float* from =
