@@ -92,8 +92,21 @@ impl Modules {
         found.ok_or_else(|| self.refused(CUresult::CUDA_ERROR_NOT_FOUND, name))
     }
 
+    /// Entries with the shared memory of each, as [`Self::kernel`] gives them, or `None` where the unit lacks one for this GPU.
+    pub(crate) fn kernels_if_any<const N: usize>(
+        &self,
+        unit: &'static str,
+        entries: [(&'static str, usize); N],
+    ) -> Result<Option<[Kernel; N]>, CudaUnavailable> {
+        let mut kernels = Vec::with_capacity(N);
+        for (name, shared_bytes) in entries {
+            kernels.extend(self.kernel_if_any(unit, name, shared_bytes)?);
+        }
+        Ok(kernels.try_into().ok())
+    }
+
     /// [`Self::kernel`], or `None` where the unit has no such entry for this GPU.
-    pub(crate) fn kernel_if_any(
+    fn kernel_if_any(
         &self,
         unit: &'static str,
         name: &'static str,

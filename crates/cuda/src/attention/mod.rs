@@ -73,14 +73,8 @@ impl AttentionKernels {
         let shared_bytes = gpu.shared_per_block.get() as usize;
         let split = |name| modules.kernel("attention_split", name, shared_bytes);
         let walk = |name| modules.kernel("attention_walk", name, shared_bytes);
-        let groups = |name, padded| {
-            let shared_bytes = Ring::groups(padded).shared_bytes;
-            modules.kernel_if_any("attention_groups", name, shared_bytes)
-        };
-        let groups = [
-            groups("oxl_attend_groups_64", 64)?,
-            groups("oxl_attend_groups_128", 128)?,
-        ];
+        let groups = [("oxl_attend_groups_64", 64), ("oxl_attend_groups_128", 128)];
+        let groups = groups.map(|(name, padded)| (name, Ring::groups(padded).shared_bytes));
         Ok(Self {
             cache: [
                 modules.kernel("cache", "oxl_cache_128", 0)?,
@@ -101,10 +95,7 @@ impl AttentionKernels {
                 walk("oxl_attend_walk_128")?,
                 walk("oxl_attend_walk_256")?,
             ],
-            groups: match groups {
-                [Some(short), Some(long)] => Some([short, long]),
-                _ => None,
-            },
+            groups: modules.kernels_if_any("attention_groups", groups)?,
             exact: modules.kernel("attention_exact", "oxl_attend_exact", 0)?,
         })
     }

@@ -89,19 +89,17 @@ impl ManyKernels {
         let Some(shared_bytes) = whole.checked_sub(STATIC_SHARED_BYTES) else {
             return Ok(None);
         };
-        let find = |name| modules.kernel_if_any("linear_many", name, shared_bytes);
-        let all = [
-            find("oxl_linear_many_64")?,
-            find("oxl_linear_many_128")?,
-            find("oxl_linear_many_256")?,
+        let names = [
+            "oxl_linear_many_64",
+            "oxl_linear_many_128",
+            "oxl_linear_many_256",
         ];
-        Ok(match all {
-            [Some(few), Some(more), Some(most)] => Some(Self {
-                kernels: [few, more, most],
-                shared_bytes,
-            }),
-            _ => None,
-        })
+        let kernels =
+            modules.kernels_if_any("linear_many", names.map(|name| (name, shared_bytes)))?;
+        Ok(kernels.map(|kernels| Self {
+            kernels,
+            shared_bytes,
+        }))
     }
 }
 
