@@ -109,9 +109,9 @@ struct TileFetcher {
         commit_copies();
     }
 
-    // Says that what was copied is there: tensor cores read it by another way than threads write.
+    // Says that what was copied is there.
     __device__ __forceinline__ void report(uint64_t& barrier) const {
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        show_to_tensor_cores();
         barrier_arrive(shared_address(&barrier));
     }
 
@@ -404,12 +404,12 @@ __device__ __forceinline__ void attend_groups(const AttendArgs& args) {
     const uint32_t stages = base + E::QUERY_BYTES;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / WARP_LANES, 0);
     if (warp < 4) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        give_registers<40>();
         TileFetcher<D> fetcher = {args, block, barriers, stages, 0};
         fetcher.run(base);
         return;
     }
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    take_registers<232>();
     // What the results overwrite, earlier kernels may still read.
     dependency_wait();
     const int group = warp / 4 - 1;

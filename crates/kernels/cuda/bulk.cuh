@@ -1,15 +1,21 @@
-// Copies by the GPU's copy engine, and barriers in shared memory that they arrive at: compute
-// capability 9.0.
+// Copies by the GPU's copy engine, barriers in shared memory that they arrive at, clusters, and what else compute
+// capability 9.0 alone has but for its products (group_product.cuh).
 #pragma once
 
 #include "common.cuh"
 
 namespace oxl {
 
-// Every function takes addresses in shared memory as `shared_address` gives them.
-
 // Bytes of a barrier.
 constexpr int BARRIER_BYTES = 8;
+
+}  // namespace oxl
+
+#if !defined(OXL_EMULATED)
+
+namespace oxl {
+
+// Every function takes addresses in shared memory as `shared_address` gives them.
 
 // A barrier whose phase ends when `arrivals` have come, and all bytes that were announced.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
@@ -86,4 +92,35 @@ __device__ __forceinline__ void bulk_copy_to_both(uint32_t to, const void* from,
         : "memory");
 }
 
+// Tensor cores read shared memory by another way than threads write it: what has been written is seen there from here on.
+__device__ __forceinline__ void show_to_tensor_cores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Of a warp group, all four warps: registers that it may have from here on.
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+// Waits for the other warp of two that come here by this number, 1 to 15.
+__device__ __forceinline__ void meet_other_warp(int number) {
+    asm volatile("bar.sync %0, 64;" ::"r"(number) : "memory");
+}
+
+// Adds to memory without waiting for what is there.
+__device__ __forceinline__ void add_four(float* to, const float4& y) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
+                     __cvta_generic_to_global(to)),
+                 "f"(y.x), "f"(y.y), "f"(y.z), "f"(y.w)
+                 : "memory");
+}
+
 }  // namespace oxl
+
+#endif

@@ -9,22 +9,6 @@ namespace oxl {
 
 constexpr int GROUP_THREADS = 4 * WARP_LANES;
 
-// Registers that wgmma uses are written: products that follow may read them.
-__device__ __forceinline__ void group_fence() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-
-// Makes one group of the products since the last.
-__device__ __forceinline__ void group_commit() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-// Waits until at most so many groups go on.
-template <int GROUPS>
-__device__ __forceinline__ void group_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
-}
-
 // Describes an operand in shared memory: rows of 128 bytes, eight after each other, whose 16-byte pieces lie at
 // piece ^ row % 8 and whose first begins at a multiple of 1,024 bytes. `columns_bytes`: from 64 columns to the next 64,
 // where rows are k.
@@ -54,6 +38,28 @@ __device__ __forceinline__ constexpr uint64_t next_inputs(int steps) { return st
 // How B lies: as `describe_rows` says, or `describe_columns`.
 constexpr int B_ROWS = 0;
 constexpr int B_COLUMNS = 1;
+
+}  // namespace oxl
+
+#if !defined(OXL_EMULATED)
+
+namespace oxl {
+
+// Registers that wgmma uses are written: products that follow may read them.
+__device__ __forceinline__ void group_fence() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Makes one group of the products since the last.
+__device__ __forceinline__ void group_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most so many groups go on.
+template <int GROUPS>
+__device__ __forceinline__ void group_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(GROUPS) : "memory");
+}
 
 // sums (+)= A B of 64 x 16 and 16 x WIDTH. A's fragments are those of mma.m16n8k16, warp w having rows 16 w
 // on; sums are those of WIDTH / 8 of its results.
@@ -158,3 +164,5 @@ __device__ __forceinline__ void start_shared_product(float (&sums)[32], uint64_t
 #undef OXL_SUMS_4
 
 }  // namespace oxl
+
+#endif

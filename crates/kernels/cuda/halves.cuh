@@ -27,14 +27,10 @@ struct HalfScales {
     uint32_t factors[2];
 
     __device__ __forceinline__ void store(uint32_t place) const {
-        asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(place), "r"(offsets[0]),
-                     "r"(offsets[1]), "r"(factors[0]), "r"(factors[1])
-                     : "memory");
+        store_shared(place, offsets[0], offsets[1], factors[0], factors[1]);
     }
     __device__ __forceinline__ void load(uint32_t place) {
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(offsets[0]), "=r"(offsets[1]), "=r"(factors[0]), "=r"(factors[1])
-                     : "r"(place));
+        load_shared(place, offsets[0], offsets[1], factors[0], factors[1]);
     }
 };
 
@@ -72,23 +68,19 @@ __device__ __forceinline__ void half_scales(const TileMatrix& matrix, RawScales 
 
 __device__ __forceinline__ uint4 load_quad(uint32_t place) {
     uint4 words;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                 : "r"(place));
+    load_shared(place, words.x, words.y, words.z, words.w);
     return words;
 }
 
 __device__ __forceinline__ uint2 load_two(uint32_t place) {
     uint2 words;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(words.x), "=r"(words.y)
-                 : "r"(place));
+    load_shared(place, words.x, words.y);
     return words;
 }
 
 __device__ __forceinline__ uint32_t load_one(uint32_t place) {
     uint32_t word;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(place));
+    load_shared(place, word);
     return word;
 }
 
@@ -97,12 +89,7 @@ __device__ __forceinline__ uint32_t load_one(uint32_t place) {
 __device__ __forceinline__ uint32_t moved_fields(uint32_t word, int bits, int from, int to,
                                                  uint32_t beside) {
     word = from < to ? word << (to - from) : word >> (from - to);
-    constexpr int AND_OR = 0xea;
-    uint32_t joined;
-    asm("lop3.b32 %0, %1, %2, %3, %4;"
-        : "=r"(joined)
-        : "r"(word), "r"(in_halves((1u << bits) - 1, to)), "r"(beside), "n"(AND_OR));
-    return joined;
+    return masked_beside(word, in_halves((1u << bits) - 1, to), beside);
 }
 
 // The codes of a lane in 1024 + code 2^f, f = `half_field_bit`, of `BITS` 2 to 6. `place`: of the block in shared

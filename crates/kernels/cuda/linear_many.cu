@@ -158,14 +158,6 @@ __device__ __forceinline__ void multiply_item(const TileMatrix& matrix, Ring<ROW
     release(busy, lane, rank);
 }
 
-// Adds to memory without waiting for what is there.
-__device__ __forceinline__ void add_four(float* to, const float4& y) {
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
-                     __cvta_generic_to_global(to)),
-                 "f"(y.x), "f"(y.y), "f"(y.z), "f"(y.w)
-                 : "memory");
-}
-
 // Outputs of a row to where they belong: four, or as many as there are. Each is added to once, so that
 // there is one order of additions.
 __device__ __forceinline__ void store_four(const LinearManyArgs& args, float* out, int there,
@@ -247,7 +239,7 @@ __device__ __forceinline__ void store_sums(const LinearManyArgs& args, const Lin
 
 // Waits for the warp that has the same tile of the other of gate and up.
 __device__ __forceinline__ void meet_partner(int warp) {
-    asm volatile("bar.sync %0, 64;" ::"r"(1 + warp % (CONSUMERS / 2)) : "memory");
+    meet_other_warp(1 + warp % (CONSUMERS / 2));
 }
 
 // Stores activation(gate) * up of a half of a tile: two warps, one of which has sums of the gate and the other of up,
@@ -336,10 +328,10 @@ __device__ __forceinline__ void multiply_many(const LinearManyArgs& args) {
     dependency_trigger();
     dependency_wait();
     if (warp < CONSUMERS) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        take_registers<232>();
         consume<ROWS>(args, ring, warp, lane, rooms);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        give_registers<40>();
         if (warp == CONSUMERS) {
             fetch<ROWS>(args, ring, lane);
         } else if (warp == CONSUMERS + 1) {

@@ -1,6 +1,5 @@
-// All instructions that C++ has no words for, but those that Hopper alone has (bulk.cuh, group_product.cuh and who
-// includes them): so that kernels can run where there is no GPU, with these few made by hand
-// (the crate `emulator`).
+// All instructions that C++ has no words for, but those that Hopper alone has (bulk.cuh, group_product.cuh): so that
+// kernels can run where there is no GPU, with these few made by hand (the crate `emulator`).
 #pragma once
 
 #if !defined(OXL_EMULATED)
@@ -76,6 +75,34 @@ __device__ __forceinline__ uint32_t times_plus(uint32_t a, uint32_t b, uint32_t 
     uint32_t result;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
     return result;
+}
+
+// Bits of a word under a mask, and those of another: one operation, of which the compiler makes two where it knows one
+// of the words.
+__device__ __forceinline__ uint32_t masked_beside(uint32_t word, uint32_t mask, uint32_t beside) {
+    constexpr int AND_OR = 0xea;
+    uint32_t joined;
+    asm("lop3.b32 %0, %1, %2, %3, %4;" : "=r"(joined) : "r"(word), "r"(mask), "r"(beside), "n"(AND_OR));
+    return joined;
+}
+
+// --- Words at addresses in shared memory ---
+
+__device__ __forceinline__ void store_shared(uint32_t place, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(place), "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_shared(uint32_t place, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(a), "=r"(b), "=r"(c), "=r"(d) : "r"(place));
+}
+
+__device__ __forceinline__ void load_shared(uint32_t place, uint32_t& a, uint32_t& b) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(place));
+}
+
+__device__ __forceinline__ void load_shared(uint32_t place, uint32_t& a) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(a) : "r"(place));
 }
 
 // --- Tensor cores. Lane l is g = l / 4, t = l % 4. ---
