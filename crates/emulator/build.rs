@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 use oxllama_nvcc::{UnitEntry, UnitSource};
 
-/// What units are compiled as: none of Hopper's own instructions is emulated.
-const TARGET: &str = "sm_80";
+/// What does not have Hopper's own instructions.
+const OLDER_TARGET: &str = "sm_80";
 
 fn main() {
     let kernels = Path::new("../kernels/cuda");
@@ -30,17 +30,36 @@ fn main() {
         .warnings(false);
     let mut tables = String::new();
     let mut list = String::new();
+    let units = |folder| oxllama_nvcc::units(folder).expect("a folder of kernels");
     for source in [units(kernels), units(tests)].concat() {
         let unit = &source.name;
+        let has_clusters = source.text().contains("__cluster_dims__");
+        if has_clusters {
+            let file = out.join(format!("{unit}_second.cpp"));
+            write_second(&source, &file);
+            build.file(&file);
+        }
+        let is_hoppers = source.kernels_on(OLDER_TARGET).is_empty();
+        let mut declarations = String::new();
         let mut entries = String::new();
         for UnitEntry { name, bounds } in source.entries() {
             let bounds = bounds.as_deref().unwrap_or("emulated::MOST_THREADS");
-            writeln!(entries, "    ENTRY({name}, {bounds}),").expect("a string takes everything");
+            let mut second = "nullptr".to_owned();
+            if has_clusters {
+                second = format!("{name}_second_run");
+                writeln!(declarations, "extern \"C\" void {second}(const void*);")
+                    .expect("a string takes everything");
+            }
+            writeln!(
+                entries,
+                "    ENTRY({name}, {second}, {is_hoppers}, {bounds}),"
+            )
+            .expect("a string takes everything");
         }
         // A namespace of its own: what units call by one name, a linker would make one.
         let file = out.join(format!("{unit}.cpp"));
         let source = format!(
-            "#define oxl unit_{unit}\n#include <emulated_ptx.h>\n#include \"{unit}.cu\"\n\
+            "#define oxl unit_{unit}\n#include <emulated_ptx.h>\n#include \"{unit}.cu\"\n{declarations}\
              extern \"C\" const emulated::Entry oxl_entries_{unit}[] = {{\n{entries}    {{}}\n}};\n"
         );
         oxllama_nvcc::write_if_changed(&file, &source).expect("the build's own folder");
@@ -62,9 +81,21 @@ fn main() {
     build.compile("oxllama_emulated_kernels");
 }
 
-/// A folder's units that are emulated.
-fn units(folder: &Path) -> Vec<UnitSource> {
-    let mut units = oxllama_nvcc::units(folder).expect("a folder of kernels");
-    units.retain(|unit| !unit.kernels_on(TARGET).is_empty());
-    units
+/// The same unit once more, for a cluster's second block: it has static shared memory of its own.
+fn write_second(source: &UnitSource, file: &Path) {
+    let unit = &source.name;
+    let mut names = String::new();
+    let mut runs = String::new();
+    for UnitEntry { name, .. } in source.entries() {
+        writeln!(names, "#define {name} {name}_second").expect("a string takes everything");
+        writeln!(
+            runs,
+            "extern \"C\" void {name}_second_run(const void* args) {{ emulated::run_with({name}, args); }}"
+        )
+        .expect("a string takes everything");
+    }
+    let source = format!(
+        "#define oxl unit_{unit}_second\n{names}#include <emulated_ptx.h>\n#include \"{unit}.cu\"\n{runs}"
+    );
+    oxllama_nvcc::write_if_changed(file, &source).expect("the build's own folder");
 }

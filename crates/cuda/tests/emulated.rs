@@ -1,5 +1,4 @@
-//! The backend with emulated kernels against the backends' conformance suite: all but what Hopper
-//! alone has, without a GPU.
+//! The backend with emulated kernels against the backends' conformance suite, without a GPU: as on older GPUs and as on Hopper.
 
 use oxllama_backend::DeviceMemory;
 use oxllama_backend::conformance::{self, CaseReport};
@@ -7,8 +6,9 @@ use oxllama_cuda::{CudaDevice, TOLERANCES, gpus};
 use oxllama_fake_driver::FakeDriver;
 use oxllama_memory::{Bytes, Ledger};
 
-/// Runs the cases whose names are selected, on a machine of these settings.
-fn run(settings: &str, select: impl Fn(&str) -> bool) -> Vec<CaseReport> {
+/// Runs the cases whose names are selected, on a machine of these settings; how many kernels of Hopper's own were launched,
+/// as well.
+fn run(settings: &str, select: impl Fn(&str) -> bool) -> (Vec<CaseReport>, usize) {
     let driver = FakeDriver::start(settings);
     let gpu = gpus().expect("the driver is there").remove(0);
     let device = CudaDevice::open(&gpu).expect("a GPU that is new enough");
@@ -21,18 +21,20 @@ fn run(settings: &str, select: impl Fn(&str) -> bool) -> Vec<CaseReport> {
         &mut |name| select(name),
         &mut |case| reports.push(case.clone()),
     );
-    assert_eq!(driver.report().misuse, [""; 0]);
+    let report = driver.report();
+    assert_eq!(report.misuse, [""; 0]);
     run.unwrap_or_else(|error| panic!("{error}"));
-    reports
+    (reports, report.count("hopper_launches"))
 }
 
-/// All selected cases pass, and there are at least so many of them.
-fn conforms(settings: &str, least: usize, select: impl Fn(&str) -> bool) {
-    let mut reports = run(settings, select);
+/// All selected cases pass, and there are at least so many of them. How many kernels of Hopper's own were launched.
+fn conforms(settings: &str, least: usize, select: impl Fn(&str) -> bool) -> usize {
+    let (mut reports, hopper_launches) = run(settings, select);
     let count = reports.len();
     assert!(count >= least, "{count} cases");
     reports.retain(|case| !case.passed());
     assert_eq!(reports, [], "of {count} cases");
+    hopper_launches
 }
 
 /// Two thirds of the time: a test of their own.
@@ -58,6 +60,28 @@ fn operations_conform_backward() {
     });
 }
 
+/// Many rows, which Hopper has kernels of its own for.
+fn is_of_hoppers(name: &str) -> bool {
+    let is_of_many_rows = ["mlp", "linear", "attention"]
+        .iter()
+        .any(|word| name.contains(word));
+    is_of_many_rows && !is_of_rows(name)
+}
+
+#[test]
+fn operations_conform_on_hopper() {
+    let launches = conforms("kernels=on capability=9.0", 400, is_of_hoppers);
+    assert!(launches > 100, "{launches} launches of Hopper's own");
+}
+
+#[test]
+fn operations_conform_on_hopper_backward() {
+    let launches = conforms("kernels=backward capability=9.0", 70, |name| {
+        name.contains("mlp") || name.starts_with("attention groups")
+    });
+    assert!(launches > 20, "{launches} launches of Hopper's own");
+}
+
 /// As where a program has device code for older GPUs alone.
 #[test]
 fn older_code_serves_newer_gpus() {
@@ -69,7 +93,7 @@ fn older_code_serves_newer_gpus() {
 
 #[test]
 fn kernels_that_do_nothing_do_not_conform() {
-    let reports = run("kernels=off capability=8.0", |name| {
+    let (reports, _) = run("kernels=off capability=8.0", |name| {
         name.starts_with("linear") || name.starts_with("norm")
     });
     let passed = reports.iter().filter(|case| case.passed());

@@ -10,6 +10,7 @@ emulated::Index threadIdx, blockIdx, blockDim, gridDim;
 namespace emulated {
 
 int thread;
+int cta;
 uint8_t* dynamic_shared;
 
 namespace {
@@ -42,6 +43,61 @@ struct Copies {
 };
 
 Copies copies[MOST_THREADS];
+
+// Blocks of a cluster.
+constexpr int MOST_CTAS = 2;
+
+// Eight bytes of shared memory.
+struct Barrier {
+    uint16_t left;
+    uint16_t arrivals : 15;
+    uint16_t phase : 1;
+    int32_t bytes;
+
+    void look() {
+        if (left != 0 || bytes != 0) return;
+        left = arrivals;
+        phase ^= 1;
+    }
+};
+static_assert(sizeof(Barrier) == 8, "as kernels count on");
+
+// Of each block, in the order in which it has made them.
+std::vector<Barrier*> barriers[MOST_CTAS];
+
+// Where dynamic shared memory of each block is.
+uint8_t* dynamic_of[MOST_CTAS];
+
+struct BulkCopy {
+    uint8_t* to;
+    const void* from;
+    uint32_t bytes;
+    Barrier* barrier;
+};
+
+std::vector<BulkCopy> bulk_copies;
+
+// A lane's part of a group's product: rows g and g + 8 of the warp's 16.
+struct GroupPart {
+    float* sums;
+    int width;
+    float a[2][16];
+    uint64_t shared_a;
+    uint64_t b;
+    bool is_shared_a, is_columns, adds;
+};
+
+struct GroupParts {
+    std::vector<std::vector<GroupPart>> ended;
+    std::vector<GroupPart> current;
+};
+
+GroupParts products[MOST_THREADS];
+
+[[noreturn]] void fail(const char* what) {
+    fprintf(stderr, "%s: thread %d of block %u\n", what, thread, blockIdx.x);
+    abort();
+}
 
 // What addresses of shared memory count from: static shared memory is the library's.
 uint8_t anchor;
@@ -158,28 +214,177 @@ void wait_for_groups(int pending) {
     ended.erase(ended.begin(), ended.begin() + done);
 }
 
-}  // namespace emulated
+namespace {
 
-// Begins a block.
-extern "C" void oxl_emulated_begin(const uint32_t* grid, const uint32_t* extent, const uint32_t* block,
-                                   uint8_t* shared) {
-    gridDim = {grid[0], grid[1], grid[2]};
-    blockDim = {extent[0], extent[1], extent[2]};
-    blockIdx = {block[0], block[1], block[2]};
-    emulated::dynamic_shared = shared;
-    const int threads = int(extent[0] * extent[1] * extent[2]);
-    for (int i = 0; i < threads; ++i) {
-        emulated::times[i] = 0;
-        emulated::warps[i / emulated::LANES].multiplied = 0;
-        emulated::copies[i].ended.clear();
-        emulated::copies[i].current.clear();
+Barrier& own_barrier(uint32_t barrier) {
+    uint8_t* at = shared_at(barrier);
+    if (uintptr_t(at) % sizeof(Barrier) != 0) fail("a barrier that is not aligned");
+    return *reinterpret_cast<Barrier*>(at);
+}
+
+Barrier& barrier_of(uint32_t barrier, int rank) {
+    Barrier& own = own_barrier(barrier);
+    if (rank == cta) return own;
+    for (size_t i = 0; i < barriers[cta].size(); ++i) {
+        if (barriers[cta][i] == &own && i < barriers[rank].size()) return *barriers[rank][i];
+    }
+    fail("a barrier that was not made");
+}
+
+// A half at an address that a descriptor and a place make: 16-byte pieces are permuted by the rows' numbers.
+float half_at(uint64_t descriptor, uint32_t place) {
+    const uint32_t linear = uint32_t(descriptor & 0x3fff) * 16 + place;
+    uint16_t bits;
+    memcpy(&bits, shared_at(linear ^ (linear >> 7 & 7) << 4), sizeof(bits));
+    return half_values[bits];
+}
+
+// Of rows of 64 inputs, eight after each other.
+float half_of_row(uint64_t descriptor, int row, int k) {
+    return half_at(descriptor, row / 8 * 1024 + row % 8 * 128 + k * 2);
+}
+
+// Of rows that are inputs, of 64 columns each.
+float half_of_column(uint64_t descriptor, int column, int k) {
+    const uint32_t columns_bytes = uint32_t(descriptor >> 16 & 0x3fff) * 16;
+    return half_at(descriptor, column / 64 * columns_bytes + k / 8 * 1024 + k % 8 * 128 + column % 64 * 2);
+}
+
+void multiply_part(GroupPart& part) {
+    const int g = lane() / 4;
+    const int t = lane() % 4;
+    if (part.is_shared_a) {
+        const int first = thread / LANES % 4 * 16 + g;
+        for (int i = 0; i < 2; ++i) {
+            for (int k = 0; k < 16; ++k) part.a[i][k] = half_of_row(part.shared_a, first + 8 * i, k);
+        }
+    }
+    for (int column = 0; column < part.width; column += 8) {
+        for (int i = 0; i < 2; ++i) {
+            float b[16];
+            for (int k = 0; k < 16; ++k) {
+                const int own = column + 2 * t + i;
+                b[k] = part.is_columns ? half_of_column(part.b, own, k) : half_of_row(part.b, own, k);
+            }
+            for (int row = 0; row < 2; ++row) {
+                double sum = 0.0;
+                for (int k = 0; k < 16; ++k) sum += double(part.a[row][k]) * double(b[k]);
+                float& to = part.sums[column / 2 + 2 * row + i];
+                to = float((part.adds ? double(to) : 0.0) + sum);
+            }
+        }
     }
 }
 
-// Makes a thread the one that runs.
+}  // namespace
+
+void make_barrier(uint32_t barrier, int arrivals) {
+    Barrier& made = own_barrier(barrier);
+    made = {uint16_t(arrivals), uint16_t(arrivals), 0, 0};
+    barriers[cta].push_back(&made);
+}
+
+void arrive(uint32_t barrier, int rank, uint32_t announced_bytes) {
+    Barrier& found = barrier_of(barrier, rank);
+    if (found.left == 0) fail("one too many at a barrier");
+    found.bytes += int32_t(announced_bytes);
+    --found.left;
+    found.look();
+}
+
+bool has_passed(uint32_t barrier, uint32_t parity) {
+    Barrier& own = own_barrier(barrier);
+    for (size_t i = 0; i < bulk_copies.size() && own.phase == parity;) {
+        const BulkCopy copy = bulk_copies[i];
+        if (copy.barrier != &own) {
+            ++i;
+            continue;
+        }
+        memcpy(copy.to, copy.from, copy.bytes);
+        bulk_copies.erase(bulk_copies.begin() + i);
+        own.bytes -= int32_t(copy.bytes);
+        own.look();
+    }
+    return own.phase != parity;
+}
+
+void start_bulk_copy(int rank, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    if ((to | bytes | uint32_t(uintptr_t(from))) % 16 != 0) fail("a copy that is not aligned");
+    bulk_copies.push_back({dynamic_of[rank] + to, from, bytes, &barrier_of(barrier, rank)});
+}
+
+void start_product(float* sums, int width, const uint32_t (&a)[4], uint64_t b, bool is_columns, bool adds) {
+    const Shown shown = show(PRODUCT, a, 4);
+    GroupPart part = {sums, width, {}, 0, b, false, is_columns, adds};
+    for (int t = 0; t < 4; ++t) {
+        const uint32_t* words = shown.of(lane() / 4 * 4 + t);
+        for (int i = 0; i < 4; ++i) {
+            for (int j = 0; j < 2; ++j) {
+                part.a[i % 2][2 * t + j + i / 2 * 8] = half_values[words[i] >> (16 * j) & 0xffff];
+            }
+        }
+    }
+    products[thread].current.push_back(part);
+}
+
+void start_shared_product(float* sums, int width, uint64_t a, uint64_t b, bool adds) {
+    products[thread].current.push_back({sums, width, {}, a, b, true, false, adds});
+}
+
+void end_products() {
+    GroupParts& own = products[thread];
+    own.ended.push_back(std::move(own.current));
+    own.current.clear();
+}
+
+void wait_for_products(int pending) {
+    auto& ended = products[thread].ended;
+    const int done = int(ended.size()) - pending;
+    if (done <= 0) return;
+    for (int i = 0; i < done; ++i) {
+        for (GroupPart& part : ended[i]) multiply_part(part);
+    }
+    ended.erase(ended.begin(), ended.begin() + done);
+}
+
+}  // namespace emulated
+
+// Begins a cluster's blocks, which mostly is one: `block` is the first.
+extern "C" void oxl_emulated_begin(const uint32_t* grid, const uint32_t* extent, const uint32_t* block,
+                                   uint8_t* const* shared, int32_t ctas) {
+    using namespace emulated;
+    gridDim = {grid[0], grid[1], grid[2]};
+    blockDim = {extent[0], extent[1], extent[2]};
+    blockIdx = {block[0], block[1], block[2]};
+    bulk_copies.clear();
+    for (int i = 0; i < ctas; ++i) {
+        dynamic_of[i] = shared[i];
+        barriers[i].clear();
+    }
+    cta = 0;
+    dynamic_shared = dynamic_of[0];
+    const int threads = ctas * int(extent[0] * extent[1] * extent[2]);
+    for (int i = 0; i < threads; ++i) {
+        times[i] = 0;
+        warps[i / LANES].multiplied = 0;
+        copies[i].ended.clear();
+        copies[i].current.clear();
+        products[i].ended.clear();
+        products[i].current.clear();
+    }
+}
+
+// Makes a thread the one that runs, by its number in the cluster.
 extern "C" void oxl_emulated_enter(int32_t thread) {
+    using namespace emulated;
+    const uint32_t block_threads = blockDim.x * blockDim.y * blockDim.z;
+    const uint32_t number = uint32_t(thread) % block_threads;
+    const int own_cta = int(uint32_t(thread) / block_threads);
+    if (own_cta != cta) {
+        blockIdx.x += uint32_t(own_cta - cta);
+        cta = own_cta;
+        dynamic_shared = dynamic_of[cta];
+    }
     emulated::thread = thread;
-    const uint32_t number = uint32_t(thread);
-    threadIdx = {number % blockDim.x, number / blockDim.x % blockDim.y,
-                 number / (blockDim.x * blockDim.y)};
+    threadIdx = {number % blockDim.x, number / blockDim.x % blockDim.y, number / (blockDim.x * blockDim.y)};
 }

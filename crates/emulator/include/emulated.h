@@ -16,6 +16,9 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
+// Hopper's own kernels as well.
+#define __CUDA_ARCH_FEAT_SM90_ALL
 #define __align__(BYTES) __attribute__((aligned(BYTES)))
 // Blocks run one after the other.
 #define __shared__ static
@@ -56,11 +59,13 @@ constexpr int MOST_THREADS = 1024;
 // Words that a lane shows the others of its warp.
 constexpr int MOST_WORDS = 6;
 
-// What a thread waits for. A warp's threads are to come to the same.
-enum Meeting : int32_t { BLOCK, WARP, SHUFFLE, REDUCTION, BLOCKS, PRODUCT };
+// What a thread waits for. A warp's threads are to come to the same. POLL: for others to go on; CLUSTER: for all threads
+// of the cluster; TWO_WARPS and a number: for another warp at the same number.
+enum Meeting : int32_t { BLOCK, WARP, SHUFFLE, REDUCTION, BLOCKS, PRODUCT, POLL, CLUSTER, TWO_WARPS = 256 };
 
-// The thread that runs, by its number in the block.
+// The thread that runs, by its number in the cluster, which mostly is a block; and its block there.
 extern int thread;
+extern int cta;
 // The block's dynamic shared memory.
 extern uint8_t* dynamic_shared;
 
@@ -89,6 +94,22 @@ void start_copy(uint32_t to, const void* from, int bytes, int read_bytes);
 void end_group();
 void wait_for_groups(int pending);
 
+// Barriers in shared memory, whose phase ends when as many have arrived as were said, and all bytes that were announced. Of
+// a block of the cluster: its barrier that was made as this one was of the own.
+void make_barrier(uint32_t barrier, int arrivals);
+void arrive(uint32_t barrier, int rank, uint32_t announced_bytes);
+// Whether the phase of this parity has ended; makes copies that are to arrive.
+bool has_passed(uint32_t barrier, uint32_t parity);
+
+// A copy to a block of the cluster that is made when its barrier is waited for.
+void start_bulk_copy(int rank, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
+
+// Products of a warp group of 16 inputs, made when they are waited for; A in registers, taken now, or in shared memory.
+void start_product(float* sums, int width, const uint32_t (&a)[4], uint64_t b, bool is_columns, bool adds);
+void start_shared_product(float* sums, int width, uint64_t a, uint64_t b, bool adds);
+void end_products();
+void wait_for_products(int pending);
+
 template <typename To, typename From>
 inline To bit_cast(const From& from) {
     static_assert(sizeof(To) == sizeof(From), "the same bits");
@@ -104,6 +125,10 @@ struct Entry {
     size_t args_bytes;
     // Threads of a block, at most.
     size_t most_threads;
+    // Of a cluster's second block: static shared memory of its own. Null: there are no clusters.
+    void (*run_second)(const void* args);
+    // Whether it is made of Hopper's own instructions.
+    bool is_hoppers;
 };
 
 // The first of a kernel's bounds.
@@ -121,10 +146,11 @@ void run_with(void (*kernel)(Args), const void* args) {
 
 }  // namespace emulated
 
-#define ENTRY(NAME, ...)                                                        \
+#define ENTRY(NAME, SECOND, IS_HOPPERS, ...)                                    \
     {                                                                           \
         #NAME, [](const void* args) { emulated::run_with(NAME, args); },        \
-            emulated::args_bytes_of(NAME), emulated::first_of(__VA_ARGS__)      \
+            emulated::args_bytes_of(NAME), emulated::first_of(__VA_ARGS__),     \
+            SECOND, IS_HOPPERS                                                  \
     }
 
 extern emulated::Index threadIdx, blockIdx, blockDim, gridDim;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_fp16.h>
+#include <emulated_hopper.h>
 
 #define DYNAMIC_SHARED(TYPE, NAME, ALIGNMENT) \
     TYPE* const NAME = reinterpret_cast<TYPE*>(emulated::dynamic_shared)
@@ -40,6 +41,21 @@ inline uint32_t times_plus(uint32_t a, uint32_t b, uint32_t c) {
     const float2 y = __half22float2(bit_cast<__half2>(b));
     const float2 z = __half22float2(bit_cast<__half2>(c));
     return bit_cast<uint32_t>(__floats2half2_rn(fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y)));
+}
+
+inline uint32_t masked_beside(uint32_t word, uint32_t mask, uint32_t beside) { return (word & mask) | beside; }
+
+// --- Words at addresses in shared memory ---
+
+template <typename... Words>
+inline void store_shared(uint32_t place, Words... words) {
+    const uint32_t all[] = {words...};
+    memcpy(emulated::shared_at(place), all, sizeof(all));
+}
+template <typename... Words>
+inline void load_shared(uint32_t place, Words&... words) {
+    const uint8_t* from = emulated::shared_at(place);
+    ((memcpy(&words, from, sizeof(words)), from += sizeof(words)), ...);
 }
 
 // --- Tensor cores ---

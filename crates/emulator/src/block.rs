@@ -1,4 +1,4 @@
-//! A block's threads, in turns.
+//! The threads of a block, or of a cluster's blocks, in turns.
 
 use std::cell::Cell;
 use std::ffi::c_void;
@@ -16,8 +16,11 @@ const LANES: usize = 32;
 /// Bytes of a thread's stack: kernels keep little there.
 const STACK_BYTES: usize = 128 << 10;
 
-/// `emulated::BLOCK`; everything else is a meeting of a warp.
+/// `emulated::Meeting` of more than a warp; everything else is a warp's.
 const BLOCK: i32 = 0;
+const POLL: i32 = 6;
+const CLUSTER: i32 = 7;
+const TWO_WARPS: i32 = 256;
 
 type Kernel = unsafe extern "C" fn(*const c_void);
 type Thread = Coroutine<(), i32, (), DefaultStack>;
@@ -28,7 +31,13 @@ thread_local! {
 }
 
 unsafe extern "C" {
-    fn oxl_emulated_begin(grid: *const u32, extent: *const u32, block: *const u32, shared: *mut u8);
+    fn oxl_emulated_begin(
+        grid: *const u32,
+        extent: *const u32,
+        block: *const u32,
+        shared: *const *mut u8,
+        ctas: i32,
+    );
     safe fn oxl_emulated_enter(thread: i32);
 }
 
@@ -54,28 +63,39 @@ enum State {
 #[derive(Default)]
 pub(crate) struct Threads {
     stacks: Vec<DefaultStack>,
-    shared: Option<SharedMemory>,
+    /// Of each block of a cluster.
+    shared: Vec<SharedMemory>,
 }
 
 impl Threads {
-    /// Runs a kernel's blocks in order.
+    /// Runs a kernel's blocks in order, or those of a cluster together: the second one by a kernel of its own.
     ///
     /// # Safety
     /// As `Kernel::run` of the crate, which has looked at the launch; `args` are aligned.
     pub(crate) unsafe fn run(
         &mut self,
-        kernel: Kernel,
+        (kernel, second): (Kernel, Option<Kernel>),
         launch: Launch,
         args: *const c_void,
     ) -> Result<(), String> {
         let [width, height, depth] = launch.grid;
+        let kernels: Vec<Kernel> = std::iter::once(kernel).chain(second).collect();
+        let ctas = kernels.len() as u32;
+        let block_threads = launch.threads();
+        let are_whole = width.is_multiple_of(ctas) && block_threads.is_multiple_of(LANES);
+        if ctas > 1 && !are_whole {
+            return Err(format!("clusters of {ctas} blocks as {launch:?}"));
+        }
         for z in 0..depth {
             for y in 0..height {
-                for x in 0..width {
+                for x in (0..width).step_by(kernels.len()) {
                     let block = [x, y, z];
-                    self.begin(launch, block)?;
-                    let mut threads = self.start(kernel, args, launch.threads())?;
-                    let result = run_block(&mut threads, launch.order);
+                    self.begin(launch, block, kernels.len())?;
+                    let mut threads = Vec::new();
+                    for &kernel in &kernels {
+                        threads.extend(self.start(kernel, args, block_threads)?);
+                    }
+                    let result = run_cluster(&mut threads, block_threads, launch.order);
                     for thread in threads {
                         self.stacks.push(finished_stack(thread));
                     }
@@ -86,20 +106,23 @@ impl Threads {
         Ok(())
     }
 
-    fn begin(&mut self, launch: Launch, block: [u32; 3]) -> Result<(), String> {
-        let shared = match &mut self.shared {
-            Some(shared) => shared,
-            none => none.insert(SharedMemory::new()?),
-        };
-        let start = shared.begin(launch.shared_bytes)?;
+    fn begin(&mut self, launch: Launch, block: [u32; 3], ctas: usize) -> Result<(), String> {
+        while self.shared.len() < ctas {
+            self.shared.push(SharedMemory::new()?);
+        }
+        let mut starts = Vec::new();
+        for shared in &mut self.shared[..ctas] {
+            starts.push(shared.begin(launch.shared_bytes)?.as_ptr());
+        }
         let (grid, extent) = (launch.grid, launch.block);
-        // SAFETY: three numbers each; the memory is the block's until the next one begins.
+        // SAFETY: three numbers each, and as many addresses as blocks; the memory is theirs until the next ones begin.
         unsafe {
             oxl_emulated_begin(
                 grid.as_ptr(),
                 extent.as_ptr(),
                 block.as_ptr(),
-                start.as_ptr(),
+                starts.as_ptr(),
+                ctas as i32,
             );
         };
         Ok(())
@@ -137,27 +160,61 @@ fn finished_stack(mut thread: Thread) -> DefaultStack {
     thread.into_stack()
 }
 
-/// Lets a block's threads go on until all have ended.
-fn run_block(threads: &mut [Thread], order: Order) -> Result<(), String> {
+/// Lets a cluster's threads go on until all have ended.
+fn run_cluster(threads: &mut [Thread], block_threads: usize, order: Order) -> Result<(), String> {
     let mut states = vec![State::CanRun; threads.len()];
+    // Rounds in which all that went on was asking whether others have.
+    let mut idle_rounds = 0;
     loop {
+        let mut goes_on = false;
         for warp in in_order(threads.len().div_ceil(LANES), order) {
             let first = warp * LANES;
             let lanes = first..threads.len().min(first + LANES);
-            run_warp(&mut threads[lanes.clone()], &mut states[lanes], warp, order)?;
+            goes_on |= run_warp(&mut threads[lanes.clone()], &mut states[lanes], warp, order)?;
         }
-        // Every thread has ended or waits for the block.
-        let mut is_done = true;
-        for state in &mut states {
-            if *state != State::Ended {
-                *state = State::CanRun;
-                is_done = false;
-            }
-        }
-        if is_done {
+        if states.iter().all(|&state| state == State::Ended) {
             return Ok(());
         }
+        goes_on |= release(&mut states, block_threads);
+        idle_rounds = if goes_on { 0 } else { idle_rounds + 1 };
+        if idle_rounds > 2 {
+            return Err(format!("all wait for each other: {states:?}"));
+        }
     }
+}
+
+/// Lets those go on who have met all that they wait for; tells whether there are any but those who ask again.
+fn release(states: &mut [State], block_threads: usize) -> bool {
+    let has_met = |states: &[State], meeting: i32| {
+        let mut others = states.iter().filter(|state| **state != State::Ended);
+        others.all(|&state| state == State::Waits(meeting))
+    };
+    let mut goes_on = false;
+    let mut let_go = |states: &mut [State], meeting: i32| {
+        for state in states
+            .iter_mut()
+            .filter(|state| **state == State::Waits(meeting))
+        {
+            *state = State::CanRun;
+            goes_on |= meeting != POLL;
+        }
+    };
+    if has_met(states, CLUSTER) {
+        let_go(states, CLUSTER);
+    }
+    for block in states.chunks_mut(block_threads) {
+        if has_met(block, BLOCK) {
+            let_go(block, BLOCK);
+        }
+        for pair in TWO_WARPS..TWO_WARPS + 16 {
+            let count = block.iter().filter(|state| **state == State::Waits(pair));
+            if count.count() == 2 * LANES {
+                let_go(block, pair);
+            }
+        }
+    }
+    let_go(states, POLL);
+    goes_on
 }
 
 /// Numbers below `count`, in order.
@@ -168,13 +225,15 @@ fn in_order(count: usize, order: Order) -> impl Iterator<Item = usize> {
     })
 }
 
-/// Lets a warp's threads go on until each has ended or waits for the block.
+/// Lets a warp's threads go on until each has ended or waits for more than the warp. Tells whether one did anything but ask
+/// again.
 fn run_warp(
     threads: &mut [Thread],
     states: &mut [State],
     warp: usize,
     order: Order,
-) -> Result<(), String> {
+) -> Result<bool, String> {
+    let mut goes_on = false;
     loop {
         for lane in in_order(threads.len(), order) {
             let state = &mut states[lane];
@@ -184,17 +243,18 @@ fn run_warp(
                     CoroutineResult::Yield(meeting) => State::Waits(meeting),
                     CoroutineResult::Return(()) => State::Ended,
                 };
+                goes_on |= *state != State::Waits(POLL);
             }
         }
         let mut waiting = states.iter().filter(|state| **state != State::Ended);
         let Some(&first) = waiting.next() else {
-            return Ok(());
+            return Ok(goes_on);
         };
         if waiting.any(|&state| state != first) {
             return Err(format!("warp {warp} came apart: {states:?}"));
         }
-        if first == State::Waits(BLOCK) {
-            return Ok(());
+        if let State::Waits(BLOCK | POLL | CLUSTER | TWO_WARPS..) = first {
+            return Ok(goes_on);
         }
         for state in &mut *states {
             if *state != State::Ended {

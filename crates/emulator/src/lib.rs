@@ -9,8 +9,10 @@
 //! numbers that are none and ends at a page that cannot be touched, and threads of a warp that come
 //! to different meetings are an error.
 //!
-//! Not here: units made of Hopper's own instructions, clusters, and the order in which
-//! tensor cores add.
+//! Clusters are of two blocks, which run at the same time. Products of warp groups and copies by the copy engine are
+//! made when they are waited for.
+//!
+//! Not here: the order in which tensor cores add.
 
 mod block;
 mod memory;
@@ -57,6 +59,8 @@ struct Entry {
     run: unsafe extern "C" fn(*const c_void),
     args_bytes: usize,
     most_threads: usize,
+    run_second: Option<unsafe extern "C" fn(*const c_void)>,
+    is_hoppers: bool,
 }
 
 unsafe extern "C" {
@@ -68,8 +72,11 @@ unsafe extern "C" {
 #[derive(Debug, Clone, Copy)]
 pub struct Kernel {
     run: unsafe extern "C" fn(*const c_void),
+    /// Of a cluster's second block.
+    run_second: Option<unsafe extern "C" fn(*const c_void)>,
     args_bytes: usize,
     most_threads: usize,
+    is_hoppers: bool,
 }
 
 thread_local! {
@@ -96,12 +103,16 @@ impl Kernel {
                         run,
                         args_bytes,
                         most_threads,
+                        run_second,
+                        is_hoppers,
                     } = *entry;
                     if CStr::from_ptr(found) == name {
                         return Some(Self {
                             run,
+                            run_second,
                             args_bytes,
                             most_threads,
+                            is_hoppers,
                         });
                     }
                     entry = entry.add(1);
@@ -109,6 +120,11 @@ impl Kernel {
                 table = table.add(1);
             }
         }
+    }
+
+    /// Whether it is made of Hopper's own instructions, so that other GPUs' code does not have it.
+    pub fn is_hoppers(&self) -> bool {
+        self.is_hoppers
     }
 
     /// Bytes of the structure that the kernel takes.
@@ -140,7 +156,7 @@ impl Kernel {
         }
         THREADS.with_borrow_mut(|threads| {
             // SAFETY: the caller's promise.
-            unsafe { threads.run(self.run, launch, words.as_ptr().cast()) }
+            unsafe { threads.run((self.run, self.run_second), launch, words.as_ptr().cast()) }
         })
     }
 }

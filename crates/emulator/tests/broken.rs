@@ -44,6 +44,35 @@ fn is_right(fault: i32, order: Order) -> Result<bool, String> {
     Ok((0..THREADS).all(|i| output.0[i] == expected(i)))
 }
 
+/// Whether a cluster gives what it should.
+fn cluster_is_right(fault: i32, order: Order) -> Result<bool, String> {
+    const NUMBERS: usize = THREADS / 2;
+    let kernel = Kernel::find(c"oxl_broken_cluster").expect("a kernel of the tests");
+    assert!(kernel.is_hoppers());
+    let input = Numbers(std::array::from_fn(|i| (i * i) as u32));
+    let mut output = Numbers([0; THREADS]);
+    let args = Args {
+        input: input.0.as_ptr(),
+        output: output.0.as_mut_ptr(),
+        fault,
+        unused: 0,
+    };
+    let launch = Launch {
+        grid: [2, 1, 1],
+        block: [NUMBERS as u32, 1, 1],
+        shared_bytes: 128,
+        order,
+    };
+    let bytes = (&raw const args).cast::<u8>();
+    // SAFETY: as in `is_right`.
+    unsafe {
+        let bytes = std::slice::from_raw_parts(bytes, size_of::<Args>());
+        kernel.run(launch, bytes)?;
+    }
+    let expected = |i: usize| input.0[NUMBERS - 1 - i % NUMBERS];
+    Ok((0..THREADS).all(|i| output.0[i] == expected(i)))
+}
+
 #[test]
 fn what_is_broken_is_found() {
     for order in [Order::Forward, Order::Backward] {
@@ -54,6 +83,15 @@ fn what_is_broken_is_found() {
         assert!(apart.contains("came apart"), "{apart}");
         // It runs on after that.
         assert_eq!(is_right(0, order), Ok(true), "{order:?}");
+
+        assert_eq!(cluster_is_right(0, order), Ok(true), "{order:?}");
+        assert_eq!(cluster_is_right(1, order), Ok(false), "{order:?}: no wait");
+        let endless = cluster_is_right(2, order).expect_err("a wait without an end");
+        assert!(endless.contains("wait for each other"), "{endless}");
+        assert_eq!(cluster_is_right(0, order), Ok(true), "{order:?}");
     }
     assert!(Kernel::find(c"oxl_linear_many").is_none());
+    let is_hoppers = |name| Kernel::find(name).map(|kernel| kernel.is_hoppers());
+    assert_eq!(is_hoppers(c"oxl_linear_many_256"), Some(true));
+    assert_eq!(is_hoppers(c"oxl_linear_few"), Some(false));
 }

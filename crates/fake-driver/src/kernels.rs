@@ -35,7 +35,7 @@ pub(crate) struct Kernels {
 }
 
 impl Kernels {
-    /// Takes note of a function. One that cannot be emulated is found out about when it is launched.
+    /// Takes note of a function.
     pub(crate) fn add(&mut self, function: usize, name: &CStr) {
         if self.order.is_some()
             && let Some(kernel) = Kernel::find(name)
@@ -68,7 +68,7 @@ impl Kernels {
         let kernel = *self
             .functions
             .get(&function)
-            .ok_or("a kernel that cannot be emulated")?;
+            .ok_or("a kernel that nobody has asked for")?;
         // SAFETY: the caller's promise; the structure is the kernel's.
         let args = unsafe {
             std::slice::from_raw_parts((*parameters).cast::<u8>(), kernel.args_bytes()).to_vec()

@@ -261,8 +261,9 @@ unsafe extern "C" fn cuModuleGetFunction(
         let Some(name) = name.filter(|name| !name.is_empty()) else {
             return Err(state.refuse(INVALID_VALUE, "a kernel without a name".to_owned()));
         };
-        // What is not emulated is made of Hopper's own instructions: images for other GPUs do not have it.
-        let is_hoppers = Kernel::find(name).is_none();
+        let kernel = Kernel::find(name).ok_or(NOT_FOUND)?;
+        let is_hoppers = kernel.is_hoppers();
+        // Images for other GPUs do not have them.
         if is_hoppers && state.images.unwrap_or(state.capability) != (9, 0) {
             return Err(NOT_FOUND);
         }
