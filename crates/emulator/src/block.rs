@@ -13,6 +13,9 @@ use crate::{Launch, Order};
 /// Threads of a warp.
 const LANES: usize = 32;
 
+/// Threads of a block or of a cluster's blocks, at most; `emulated::MOST_THREADS`.
+const MOST_THREADS: usize = 1024;
+
 /// Bytes of a thread's stack: kernels keep little there.
 const STACK_BYTES: usize = 128 << 10;
 
@@ -83,7 +86,8 @@ impl Threads {
         let ctas = kernels.len() as u32;
         let block_threads = launch.threads();
         let are_whole = width.is_multiple_of(ctas) && block_threads.is_multiple_of(LANES);
-        if ctas > 1 && !are_whole {
+        let are_few = block_threads * kernels.len() <= MOST_THREADS;
+        if ctas > 1 && !(are_whole && are_few) {
             return Err(format!("clusters of {ctas} blocks as {launch:?}"));
         }
         for z in 0..depth {
