@@ -36,13 +36,35 @@ struct Copy {
     const void* from;
 };
 
-// A thread's copies in groups, the one that has not ended last.
-struct Copies {
-    std::vector<std::vector<Copy>> ended;
-    std::vector<Copy> current;
+// What a thread has started, in groups, the one that has not ended last.
+template <typename Work>
+struct Groups {
+    std::vector<std::vector<Work>> ended;
+    std::vector<Work> current;
+
+    void end() {
+        ended.push_back(std::move(current));
+        current.clear();
+    }
+
+    // Does all but the last `pending` groups that have ended.
+    template <typename Do>
+    void wait(int pending, Do work) {
+        const int done = int(ended.size()) - pending;
+        if (done <= 0) return;
+        for (int i = 0; i < done; ++i) {
+            for (Work& one : ended[i]) work(one);
+        }
+        ended.erase(ended.begin(), ended.begin() + done);
+    }
+
+    void clear() {
+        ended.clear();
+        current.clear();
+    }
 };
 
-Copies copies[MOST_THREADS];
+Groups<Copy> copies[MOST_THREADS];
 
 // Blocks of a cluster.
 constexpr int MOST_CTAS = 2;
@@ -87,12 +109,7 @@ struct GroupPart {
     bool is_shared_a, is_columns, adds;
 };
 
-struct GroupParts {
-    std::vector<std::vector<GroupPart>> ended;
-    std::vector<GroupPart> current;
-};
-
-GroupParts products[MOST_THREADS];
+Groups<GroupPart> products[MOST_THREADS];
 
 [[noreturn]] void fail(const char* what) {
     fprintf(stderr, "%s: thread %d of block %u\n", what, thread, blockIdx.x);
@@ -190,28 +207,17 @@ void start_copy(uint32_t to, const void* from, int bytes, int read_bytes) {
     copies[thread].current.push_back({to, bytes, read_bytes, from});
 }
 
-void end_group() {
-    Copies& own = copies[thread];
-    own.ended.push_back(std::move(own.current));
-    own.current.clear();
-}
+void end_group() { copies[thread].end(); }
 
 void wait_for_groups(int pending) {
-    auto& ended = copies[thread].ended;
-    const int done = int(ended.size()) - pending;
-    if (done <= 0) return;
-    for (int i = 0; i < done; ++i) {
-        for (const Copy& copy : ended[i]) {
-            uint8_t* to = shared_at(copy.to);
-            if (uintptr_t(to) % copy.bytes != 0 || uintptr_t(copy.from) % copy.bytes != 0) {
-                fprintf(stderr, "a copy of %d bytes to %p from %p\n", copy.bytes, to, copy.from);
-                abort();
-            }
-            memset(to, 0, copy.bytes);
-            memcpy(to, copy.from, copy.read_bytes);
+    copies[thread].wait(pending, [](const Copy& copy) {
+        uint8_t* to = shared_at(copy.to);
+        if (uintptr_t(to) % copy.bytes != 0 || uintptr_t(copy.from) % copy.bytes != 0) {
+            fail("a copy that is not aligned");
         }
-    }
-    ended.erase(ended.begin(), ended.begin() + done);
+        memset(to, 0, copy.bytes);
+        memcpy(to, copy.from, copy.read_bytes);
+    });
 }
 
 namespace {
@@ -331,21 +337,9 @@ void start_shared_product(float* sums, int width, uint64_t a, uint64_t b, bool a
     products[thread].current.push_back({sums, width, {}, a, b, true, false, adds});
 }
 
-void end_products() {
-    GroupParts& own = products[thread];
-    own.ended.push_back(std::move(own.current));
-    own.current.clear();
-}
+void end_products() { products[thread].end(); }
 
-void wait_for_products(int pending) {
-    auto& ended = products[thread].ended;
-    const int done = int(ended.size()) - pending;
-    if (done <= 0) return;
-    for (int i = 0; i < done; ++i) {
-        for (GroupPart& part : ended[i]) multiply_part(part);
-    }
-    ended.erase(ended.begin(), ended.begin() + done);
-}
+void wait_for_products(int pending) { products[thread].wait(pending, multiply_part); }
 
 }  // namespace emulated
 
@@ -367,10 +361,8 @@ extern "C" void oxl_emulated_begin(const uint32_t* grid, const uint32_t* extent,
     for (int i = 0; i < threads; ++i) {
         times[i] = 0;
         warps[i / LANES].multiplied = 0;
-        copies[i].ended.clear();
-        copies[i].current.clear();
-        products[i].ended.clear();
-        products[i].current.clear();
+        copies[i].clear();
+        products[i].clear();
     }
 }
 

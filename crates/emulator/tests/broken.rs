@@ -7,7 +7,7 @@ const THREADS: usize = 64;
 #[repr(C, align(16))]
 struct Numbers([u32; THREADS]);
 
-/// `BrokenArgs` of `broken.cu`.
+/// `BrokenArgs` of `broken.cu`, and `BrokenClusterArgs` of `broken_cluster.cu`.
 #[repr(C)]
 struct Args {
     input: *const u32,
@@ -16,10 +16,15 @@ struct Args {
     unused: i32,
 }
 
-/// Whether the kernel gives what it should.
-fn is_right(fault: i32, order: Order) -> Result<bool, String> {
-    let kernel = Kernel::find(c"oxl_broken").expect("a kernel of the tests");
-    let input = Numbers(std::array::from_fn(|i| (i * i) as u32));
+/// What a kernel with this fault makes of squares, by so many blocks of so many threads.
+fn run(
+    kernel: Kernel,
+    fault: i32,
+    (blocks, threads): (u32, usize),
+    shared_bytes: usize,
+    order: Order,
+) -> Result<Numbers, String> {
+    let input = Numbers(std::array::from_fn(square));
     let mut output = Numbers([0; THREADS]);
     let args = Args {
         input: input.0.as_ptr(),
@@ -28,9 +33,9 @@ fn is_right(fault: i32, order: Order) -> Result<bool, String> {
         unused: 0,
     };
     let launch = Launch {
-        grid: [1; 3],
-        block: [THREADS as u32, 1, 1],
-        shared_bytes: 512,
+        grid: [blocks, 1, 1],
+        block: [threads as u32, 1, 1],
+        shared_bytes,
         order,
     };
     let bytes = (&raw const args).cast::<u8>();
@@ -40,7 +45,18 @@ fn is_right(fault: i32, order: Order) -> Result<bool, String> {
         let bytes = std::slice::from_raw_parts(bytes, size_of::<Args>());
         kernel.run(launch, bytes)?;
     }
-    let expected = |i: usize| input.0[(i + 1) % THREADS] + input.0[(i + THREADS - 1) % THREADS];
+    Ok(output)
+}
+
+fn square(i: usize) -> u32 {
+    (i * i) as u32
+}
+
+/// Whether the kernel gives what it should.
+fn is_right(fault: i32, order: Order) -> Result<bool, String> {
+    let kernel = Kernel::find(c"oxl_broken").expect("a kernel of the tests");
+    let output = run(kernel, fault, (1, THREADS), 512, order)?;
+    let expected = |i: usize| square((i + 1) % THREADS) + square((i + THREADS - 1) % THREADS);
     Ok((0..THREADS).all(|i| output.0[i] == expected(i)))
 }
 
@@ -49,27 +65,8 @@ fn cluster_is_right(fault: i32, order: Order) -> Result<bool, String> {
     const NUMBERS: usize = THREADS / 2;
     let kernel = Kernel::find(c"oxl_broken_cluster").expect("a kernel of the tests");
     assert!(kernel.is_hoppers());
-    let input = Numbers(std::array::from_fn(|i| (i * i) as u32));
-    let mut output = Numbers([0; THREADS]);
-    let args = Args {
-        input: input.0.as_ptr(),
-        output: output.0.as_mut_ptr(),
-        fault,
-        unused: 0,
-    };
-    let launch = Launch {
-        grid: [2, 1, 1],
-        block: [NUMBERS as u32, 1, 1],
-        shared_bytes: 128,
-        order,
-    };
-    let bytes = (&raw const args).cast::<u8>();
-    // SAFETY: as in `is_right`.
-    unsafe {
-        let bytes = std::slice::from_raw_parts(bytes, size_of::<Args>());
-        kernel.run(launch, bytes)?;
-    }
-    let expected = |i: usize| input.0[NUMBERS - 1 - i % NUMBERS];
+    let output = run(kernel, fault, (2, NUMBERS), 128, order)?;
+    let expected = |i: usize| square(NUMBERS - 1 - i % NUMBERS);
     Ok((0..THREADS).all(|i| output.0[i] == expected(i)))
 }
 
