@@ -1,7 +1,7 @@
 //! What kernels do, if they are to do anything: they are emulated, at once, in the order of launches.
 
 use std::collections::HashMap;
-use std::ffi::{CStr, c_void};
+use std::ffi::c_void;
 
 use oxllama_emulator::{Kernel, Launch, Order};
 
@@ -36,12 +36,8 @@ pub(crate) struct Kernels {
 
 impl Kernels {
     /// Takes note of a function.
-    pub(crate) fn add(&mut self, function: usize, name: &CStr) {
-        if self.order.is_some()
-            && let Some(kernel) = Kernel::find(name)
-        {
-            self.functions.insert(function, kernel);
-        }
+    pub(crate) fn add(&mut self, function: usize, kernel: Kernel) {
+        self.functions.insert(function, kernel);
     }
 
     /// Runs a kernel, or takes note of it where the stream records.

@@ -274,7 +274,7 @@ unsafe extern "C" fn cuModuleGetFunction(
         };
         state.create(kind, function)?;
         // SAFETY: the handle was just written there.
-        state.kernels.add(unsafe { *function }, name);
+        state.kernels.add(unsafe { *function }, kernel);
         Ok(())
     })
 }
