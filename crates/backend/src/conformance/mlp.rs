@@ -11,13 +11,10 @@ use crate::{Activation, Device, GatedLinear, LinearOutput, NormLinears, Store};
 /// Of one, of few, of some, and of a prompt that ends within a tile of rows.
 const ROWS: [usize; 5] = [1, 3, 8, 40, 300];
 
-/// One of many outputs, and its rows.
-const MANY_OUTPUTS: &str = "EXL2 of many outputs";
-const ROWS_OF_MANY_OUTPUTS: [usize; 3] = [1, 8, 200];
-
 /// Gate, up and down.
 struct Mlp {
     words: &'static str,
+    rows: &'static [usize],
     linears: [LinearCase; 3],
 }
 
@@ -34,6 +31,7 @@ fn mlps() -> Vec<Mlp> {
     vec![
         Mlp {
             words: "EXL2",
+            rows: &ROWS,
             linears: [
                 typical(224, 416, 51),
                 typical(224, 416, 51),
@@ -42,6 +40,7 @@ fn mlps() -> Vec<Mlp> {
         },
         Mlp {
             words: "EXL2 of other widths for each, bias",
+            rows: &ROWS,
             linears: with_bias([
                 typical(224, 192, 53),
                 exl2(narrow, 192, Some(53)),
@@ -50,6 +49,7 @@ fn mlps() -> Vec<Mlp> {
         },
         Mlp {
             words: "EXL2 of other orders",
+            rows: &ROWS,
             linears: [
                 typical(224, 192, 54),
                 typical(224, 192, 55),
@@ -58,7 +58,8 @@ fn mlps() -> Vec<Mlp> {
         },
         // Tiles for all multiprocessors of a large GPU, and a last round for some of them.
         Mlp {
-            words: MANY_OUTPUTS,
+            words: "EXL2 of many outputs",
+            rows: &[1, 8, 200],
             linears: [
                 exl2(vec![region(4, 64, 32)], 12_672, Some(56)),
                 exl2(vec![region(4, 64, 32)], 12_672, Some(56)),
@@ -67,10 +68,12 @@ fn mlps() -> Vec<Mlp> {
         },
         Mlp {
             words: "GPTQ",
+            rows: &ROWS,
             linears: [gptq(160, 288), gptq(160, 288), gptq(288, 72)],
         },
         Mlp {
             words: "F16 of odd extents",
+            rows: &ROWS,
             linears: [floats(50, 37), floats(50, 37), floats(37, 20)],
         },
     ]
@@ -85,11 +88,7 @@ pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), Conformance
             _ => &[Activation::Silu],
         };
         for &activation in activations {
-            let rows: &[usize] = match mlp.words {
-                MANY_OUTPUTS => &ROWS_OF_MANY_OUTPUTS,
-                _ => &ROWS,
-            };
-            for &rows in rows {
+            for &rows in mlp.rows {
                 let name = format!("mlp {}, {activation:?}, {rows} rows", mlp.words);
                 let random = Random::for_case(&name);
                 let tolerances = &suite.tolerances;
@@ -178,8 +177,9 @@ impl<D: Device> Drawn<D> {
             rows,
         };
         if is_announced {
-            let device = bench.device;
-            device.announce_gate(activation, down_weights, &mut workspace);
+            bench
+                .device
+                .announce_gate(activation, down_weights, &mut workspace);
         }
         bench.device.norm_linears(args, &mut workspace)?;
         let mut out = bench.upload(&self.old)?;

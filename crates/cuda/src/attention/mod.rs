@@ -198,12 +198,12 @@ impl AttentionOps for CudaDevice {
             });
         self.attend_split(&args, (heads, ordered), &extents, inputs, scratch)?;
         if let Some((reader, made)) = ordered {
-            workspace.handover.leave(Some(Made {
+            workspace.handover.leave(Made {
                 source: args.out.address(),
                 rows: extents.rows,
                 reader,
                 made,
-            }));
+            });
             return Ok(());
         }
         let long = tiles.split()..tiles.split() + tiles.walked();

@@ -127,9 +127,9 @@ impl Handover {
         reader
     }
 
-    /// Takes note of rows that the operation has made, if it has.
-    pub(crate) fn leave(&mut self, made: Option<Made>) {
-        self.made = made;
+    /// Takes note of rows that the operation has made.
+    pub(crate) fn leave(&mut self, made: Made) {
+        self.made = Some(made);
     }
 
     /// Where the rows to multiply are, if they have been made already. What has been announced is not for this

@@ -4,6 +4,7 @@ use cudarc::driver::sys::CUdeviceptr;
 use oxllama_backend::{Activation, DeviceError, Store};
 
 use super::blaslt::Product;
+use super::handover::Reader;
 use super::layout::{TILE_OUTPUTS, TileMatrix};
 use super::many::ManyKernels;
 use super::plan::{Division, Kind, LaunchShape, Limits, ROWS_OF_TILE, most_shared_bytes};
@@ -172,11 +173,8 @@ pub(crate) enum Finish {
 pub(crate) enum GatedRows {
     /// To the gate's output: of many rows.
     InPlace,
-    /// To memory of its own, each output to the place that is given, or its own: of few rows.
-    Placed {
-        out: CUdeviceptr,
-        places: Option<CUdeviceptr>,
-    },
+    /// To memory of its own, in the order of who reads them: of few rows.
+    For { reader: Reader, out: CUdeviceptr },
 }
 
 /// `(1 if the output keeps its old contents, factor of the product)`
@@ -291,9 +289,12 @@ impl CudaDevice {
     ) -> Result<(), DeviceError> {
         let (store, (gate, gated, gated_places)) = match finish {
             Finish::Store(store) => (store, (0, 0, 0)),
-            Finish::Gate(activation, GatedRows::Placed { out, places }) => {
-                let gate = activation_number(activation);
-                (Store::Overwrite, (gate, out, places.unwrap_or(0)))
+            Finish::Gate(activation, GatedRows::For { reader, out }) => {
+                let places = reader.order.places.unwrap_or(0);
+                (
+                    Store::Overwrite,
+                    (activation_number(activation), out, places),
+                )
             }
             Finish::Gate(_, GatedRows::InPlace) => {
                 unreachable!("gated products of {rows} rows in place, which are no chunks")

@@ -163,9 +163,9 @@ impl CudaDevice {
         let reader = reader.filter(|reader| reader.width == width)?;
         gate.plan.divide(shape, self.limits())?;
         let inputs = RowLayout::Plain.padded_width(gate.in_features);
-        let rows = GatedRows::Placed {
+        let rows = GatedRows::For {
+            reader,
             out: scratch.next_activations(rows, width, inputs)?,
-            places: reader.order.places,
         };
         Some(Finish::Gate(activation, rows))
     }
@@ -335,15 +335,12 @@ impl LinearOps for CudaDevice {
                 rows: args.rows,
                 width: gate.weights.out_features,
             }),
-            Finish::Gate(_, GatedRows::Placed { out, .. }) => {
-                let reader = announced.and_then(|announced| announced.reader);
-                workspace.handover.leave(reader.map(|reader| Made {
-                    source,
-                    rows: args.rows,
-                    reader,
-                    made: out,
-                }));
-            }
+            Finish::Gate(_, GatedRows::For { reader, out }) => workspace.handover.leave(Made {
+                source,
+                rows: args.rows,
+                reader,
+                made: out,
+            }),
         }
         Ok(())
     }
