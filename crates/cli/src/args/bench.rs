@@ -41,7 +41,7 @@ pub(crate) struct BenchArgs {
     #[arg(long, value_name = "N,...", value_delimiter = ',')]
     pub(crate) depth: Vec<usize>,
 
-    /// Take the best of this many runs
+    /// Take the best of this many rounds, in each of which a case runs for 0.3 s or once
     #[arg(long, value_name = "N", default_value_t = 3)]
     pub(crate) repeat: usize,
 
