@@ -97,6 +97,10 @@ const MOST_SPLIT_BLOCKS: usize = 3;
 /// evenly to fewer blocks, which have more of them on their way.
 const SHARING_BLOCKS: usize = 2;
 
+/// The same where more blocks of fp16 are needed than are held at once: with a stage of its own each waits for its
+/// next tile, but for others to end none has to.
+const QUEUING_BLOCKS: usize = 4;
+
 /// `BLOCK_BYTES` of `walk.cuh`.
 const WALK_BLOCK_BYTES: usize = 128;
 
@@ -191,7 +195,7 @@ impl Ring {
     }
 
     /// As many stages of the splitting kernel as leave room for `blocks` blocks, or for fewer blocks
-    /// of two stages, or for one block of one stage.
+    /// of two stages ([`QUEUING_BLOCKS`] have one at least), or for one block of one stage.
     fn fit(
         shape: &CacheShape,
         padded: usize,
@@ -217,7 +221,12 @@ impl Ring {
             };
             share.saturating_sub(rest) / slot_bytes
         };
-        let several = (1..=blocks).rev().map(slots).find(|&slots| slots >= 2);
+        let is_enough = |&(blocks, slots): &(usize, usize)| match blocks {
+            QUEUING_BLOCKS => slots >= 1,
+            _ => slots >= 2,
+        };
+        let mut each = (1..=blocks).rev().map(|blocks| (blocks, slots(blocks)));
+        let several = each.find(is_enough).map(|(_, slots)| slots);
         let slots = several.unwrap_or_else(|| slots(1)).min(MOST_SLOTS);
         (slots > 0).then_some(Self {
             slots,
@@ -235,8 +244,13 @@ fn shared_limit(gpu: &GpuInfo) -> usize {
 /// Blocks of the splitting kernel that a multiprocessor is to hold, where `blocks` blocks are needed
 /// for one piece of each tile of rows.
 fn blocks_of_multiprocessor(blocks: usize, cache: &CacheShape, gpu: &GpuInfo) -> usize {
-    if is_direct(cache) && blocks <= gpu.multiprocessors * SHARING_BLOCKS {
+    /// Of more dimensions two blocks take all registers.
+    const MOST_QUEUING_DIMS: usize = 128;
+    let each = blocks.div_ceil(gpu.multiprocessors);
+    if is_direct(cache) && each <= SHARING_BLOCKS {
         SHARING_BLOCKS
+    } else if is_direct(cache) && each > MOST_SPLIT_BLOCKS && cache.head_dim <= MOST_QUEUING_DIMS {
+        QUEUING_BLOCKS
     } else {
         MOST_SPLIT_BLOCKS
     }
@@ -420,7 +434,8 @@ mod tests {
                         Some(memory.ring)
                     };
                     let heads = [None, Some(1), Some(SPLIT_HEADS)];
-                    let rings = heads.map(|heads| [1, 2, 3].map(|blocks| split((heads, blocks))));
+                    let rings =
+                        heads.map(|heads| [1, 2, 3, 4].map(|blocks| split((heads, blocks))));
                     let rings = rings.as_flattened();
                     let is_large = padded == 256 && !is_direct(&cache);
                     assert!(rings.iter().all(Option::is_some) || is_large && shared == ADA_SHARED);
@@ -451,6 +466,25 @@ mod tests {
             let walk = Ring::walk(&cache, 128, &gpu).unwrap();
             assert_eq!(walk.slots, 2, "{walk:?}");
             assert!(2 * (walk.shared_bytes + RESERVED_SHARED_BYTES) <= HOPPER_SHARED + 1024);
+        }
+    }
+
+    #[test]
+    fn more_blocks_are_held_where_many_wait() {
+        let gpu = gpu(132, HOPPER_SHARED);
+        let of = |blocks, cache| blocks_of_multiprocessor(blocks, &cache, &gpu);
+        let (fp16, q4) = (cache(128, CacheFormat::F16), cache(128, CacheFormat::Q4));
+        assert_eq!(
+            [264, 265, 396, 397].map(|blocks| of(blocks, fp16)),
+            [2, 3, 3, 4]
+        );
+        assert_eq!([264, 397].map(|blocks| of(blocks, q4)), [3, 3]);
+        assert_eq!(of(397, cache(256, CacheFormat::F16)), 3);
+        for padded in [64, 128] {
+            let cache = cache(padded, CacheFormat::F16);
+            let memory = SplitMemory::of(&cache, padded, Some(4), QUEUING_BLOCKS, &gpu).unwrap();
+            let all = QUEUING_BLOCKS * (memory.ring.shared_bytes + RESERVED_SHARED_BYTES);
+            assert!(all <= HOPPER_SHARED + 1024, "{memory:?}");
         }
     }
 
