@@ -12,18 +12,18 @@
 // The sums of a tile's part are left in memory; whichever warp is the last to have done one of a tile's parts
 // joins them in a fixed order.
 //
-// Launch: grid = 2^parts_shift * shares, a multiple; block = 32 * warps: 16, 12, 8 and 12 warps at most for up to
-// 8, 16, 24 and 32 rows, the latter 8 for other compute capabilities than 9.0; dynamic shared memory, with R rows up
+// Launch: grid = 2^parts_shift * shares, a multiple; block = 32 * warps: 16 warps at most for up to 8 rows, 12 for
+// more, of more than 16 rows 8 for other compute capabilities than 9.0; dynamic shared memory, with R rows up
 // to the next multiple of 8, = warps * SLOTS * SLOT_BYTES + 64 * R * part_blocks + 8 * matrices * ranges of a part *
 // range_units, and warps * 128 * R for two ranges of a part, twice that for four.
 #include "units.cuh"
 
 namespace oxl {
 
-// Threads of a CTA of 25 to 32 rows: as many as the compiler finds registers for. And for how many registers are
+// Threads of a CTA of 17 to 32 rows: as many as the compiler finds registers for. And for how many registers are
 // dealt out with 9 to 16 rows: more than the 384 that there are, if few registers are worth it (see linear.cu)
 // and it finds enough.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#if defined(OXL_EMULATED) || defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int THREADS_OF_32 = 384;
 constexpr int DEALT_THREADS_OF_16 = 512;
 #else
@@ -31,33 +31,48 @@ constexpr int THREADS_OF_32 = 256;
 constexpr int DEALT_THREADS_OF_16 = 384;
 #endif
 
-// What all warps of a CTA multiply of a matrix' tiles: units of all the part's ranges.
-__device__ __forceinline__ void load_part(const LinearArgs& args, int index, int first_range,
-                                          int ranges, Unit* units, WarpRange* part) {
-    const uint4* table = args.matrices[index].matrix.range_table;
-    const uint2* all_units = reinterpret_cast<const uint2*>(table + (1 << args.ranges_shift));
-    WarpRange sum = {0, 0, 0, 0};
+// What all warps of a CTA multiply of the tiles of `count` matrices from `first` on: units of all the part's ranges. A
+// warp brings those of one range of a matrix, so that memory is waited for once, by all.
+__device__ __forceinline__ void load_parts(const LinearArgs& args, int first, int count,
+                                           int first_range, int ranges, Unit* units,
+                                           int matrix_units, WarpRange* parts) {
+    const int lane = lane_number();
+    const int warps = blockDim.x / WARP_LANES;
 #pragma unroll 1
-    for (int i = 0; i < ranges; ++i) {
-        const uint4 range = __ldg(table + first_range + i);
-        const uint2* from = all_units + (first_range + i) * args.range_blocks;
-        uint2* to = reinterpret_cast<uint2*>(units + sum.units);
+    for (int task = warp_number(); task < count * ranges; task += warps) {
+        const int index = first + task / ranges;
+        const int own = task % ranges;
+        const uint4* table = args.matrices[index].matrix.range_table;
+        const uint2* from = reinterpret_cast<const uint2*>(table + (1 << args.ranges_shift)) +
+                            (first_range + own) * args.range_blocks;
+        const uint4 range = __ldg(table + first_range + min(lane, ranges - 1));
+        const uint2 unit = __ldg(from + min(lane, args.range_blocks - 1));
+        WarpRange sum = {0, int(__shfl_sync(0xffffffffu, range.y, 0)), 0, 0};
+        uint2* to = nullptr;
+        int own_units = 0;
 #pragma unroll 1
-        for (int unit = threadIdx.x; unit < int(range.x); unit += blockDim.x) {
-            to[unit] = __ldg(from + unit);
+        for (int i = 0; i < ranges; ++i) {
+            const int here = int(__shfl_sync(0xffffffffu, range.x, i));
+            if (i == own) {
+                to = reinterpret_cast<uint2*>(units + index * matrix_units + sum.units);
+                own_units = here;
+            }
+            sum.units += here;
+            sum.bytes += int(__shfl_sync(0xffffffffu, range.z, i));
         }
-        if (i == 0) sum.first_unit = int(range.y);
-        sum.units += int(range.x);
-        sum.bytes += int(range.z);
+        if (lane < own_units) to[lane] = unit;
+#pragma unroll 1
+        for (int i = lane + WARP_LANES; i < own_units; i += WARP_LANES) to[i] = __ldg(from + i);
+        if (own == 0 && lane == 0) parts[index] = sum;
     }
-    if (threadIdx.x == 0) *part = sum;
 }
 
-// Copies the activations of `count` blocks from `block` on. Rows past the last are copies of the last:
-// their sums are not stored.
+// Copies the activations of a part, whose blocks are counted here: there are no registers to keep them in. Rows past the last are copies of the last: their sums are not stored.
 template <int ROWS>
-__device__ __forceinline__ void copy_rows(const LinearArgs& args, const __half* x, int block,
-                                          int count, char* places) {
+__device__ __forceinline__ void copy_rows(const LinearArgs& args, const __half* x, int part,
+                                          char* places) {
+    const int block = args.blocks * part >> args.parts_shift;
+    const int count = (args.blocks * (part + 1) >> args.parts_shift) - block;
     const int stride = args.blocks * BLOCK_INPUTS;
     const uint8_t* from = reinterpret_cast<const uint8_t*>(x + block * BLOCK_INPUTS);
 #pragma unroll 4
@@ -127,34 +142,34 @@ __device__ __forceinline__ void store_sums(const LinearArgs& args, int item,
         const bool has_bias = target.bias != nullptr && first + 8 * i < target.out_features;
         bias[i] = has_bias ? __ldg(target.bias + first + 8 * i) : 0.0f;
     }
+    const auto each_place = [&](auto visit) {
 #pragma unroll
-    for (int row_tile = 0; row_tile < ROW_TILES; ++row_tile) {
-        const auto each_place = [&](auto visit) {
+        for (int at = 0; at < 2 * ROW_TILES; ++at) {
+            const int row_tile = at / 2;
+            const int second = at % 2;
+            const int row = row_tile * ROWS_OF_TILE + lane % 4 * 2 + second;
+            float* out = target.out + int64_t(row) * target.out_features + first;
 #pragma unroll
-            for (int second = 0; second < 2; ++second) {
-                const int row = row_tile * ROWS_OF_TILE + lane % 4 * 2 + second;
-                float* out = target.out + int64_t(row) * target.out_features + first;
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const bool is_there = row < args.rows && first + 8 * i < target.out_features;
-                    const float sum = sums[row_tile][i / 2][i % 2 * 2 + second];
-                    visit(4 * second + i, sum, out + 8 * i, is_there);
-                }
+            for (int i = 0; i < 4; ++i) {
+                const bool is_there = row < args.rows && first + 8 * i < target.out_features;
+                const float sum = sums[row_tile][i / 2][i % 2 * 2 + second];
+                visit(4 * at + i, sum, out + 8 * i, is_there);
             }
-        };
-        // Loaded before any is stored: the compiler would have each load wait for the store before it.
-        float before[8] = {};
-        if (args.accumulate) {
-            each_place([&](int place, float, const float* out, bool is_there) {
-                before[place] = is_there ? *out : 0.0f;
-            });
         }
-        const float store_scale = args.accumulate ? args.store_scale : 1.0f;
-        each_place([&](int place, float sum, float* out, bool is_there) {
-            const float y = fmaf(target.matrix.scale, sum, bias[place % 4]);
-            if (is_there) *out = fmaf(store_scale, y, before[place]);
+    };
+    // All are loaded before any is stored: the compiler would have each load wait for the store before it, as long as
+    // all of them take at once.
+    float before[8 * ROW_TILES] = {};
+    if (args.accumulate) {
+        each_place([&](int place, float, const float* out, bool is_there) {
+            before[place] = is_there ? *out : 0.0f;
         });
     }
+    const float store_scale = args.accumulate ? args.store_scale : 1.0f;
+    each_place([&](int place, float sum, float* out, bool is_there) {
+        const float y = fmaf(target.matrix.scale, sum, bias[place % 4]);
+        if (is_there) *out = fmaf(store_scale, y, before[place]);
+    });
 }
 
 // What a warp leaves for others, and joins of theirs. A tile is reported when the warp has done its next
@@ -271,8 +286,6 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
     const int first_item = args.first_item + args.items * share / shares;
     const int item_end = args.first_item + args.items * (share + 1) / shares;
     const int ranges = 1 << (args.ranges_shift - args.parts_shift);
-    const int begin = args.blocks * part >> args.parts_shift;
-    const int end = args.blocks * (part + 1) >> args.parts_shift;
 
     // Sums that wait for their neighbours: of one, two or no ranges.
     const int warp_fours = ranges / 2 * SumsInMemory<ROW_TILES>::FOURS * WARP_LANES;
@@ -281,10 +294,13 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
     Unit* units = reinterpret_cast<Unit*>(x + args.part_blocks * BLOCK_BYTES);
     const int matrix_units = ranges * args.range_units;
     const int first_index = matrix_of(args, first_item);
+    int matrix_end = first_index;
 #pragma unroll 1
-    for (int i = first_index; i < args.matrix_count && args.matrices[i].first_item < item_end; ++i) {
-        load_part(args, i, part * ranges, ranges, units + i * matrix_units, part_of + i);
-    }
+    do {
+        ++matrix_end;
+    } while (matrix_end < args.matrix_count && args.matrices[matrix_end].first_item < item_end);
+    load_parts(args, first_index, matrix_end - first_index, part * ranges, ranges, units,
+               matrix_units, part_of);
     __syncthreads();
     char* ring = shared + warp * SLOTS * SLOT_BYTES;
     Stream<ROW_TILES> stream = {args, ring, units, part_of, matrix_units, lane, item_end};
@@ -307,7 +323,7 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
             // Not before all are past the activations that are there.
             if (x_end != first_item) __syncthreads();
             const __half* rows = args.matrices[matrix_of(args, x_end)].x;
-            copy_rows<ROWS>(args, rows, begin, end - begin, x);
+            copy_rows<ROWS>(args, rows, part, x);
             __syncthreads();
             x_end = end_of_rows(args, x_end, item_end);
         }
@@ -344,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(oxl::DEALT_THREADS_OF_16, 1)
     oxl::linear_parts<2>(args);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1)
+extern "C" __global__ void __launch_bounds__(oxl::THREADS_OF_32, 1)
     oxl_linear_24(const __grid_constant__ LinearArgs args) {
     oxl::linear_parts<3>(args);
 }

@@ -222,7 +222,7 @@ impl Plan {
         let most_warps = match shape.rows.div_ceil(ROWS_OF_TILE) {
             1 => 16,
             2 => 12,
-            4 if limits.is_hopper => 12,
+            _ if limits.is_hopper => 12,
             _ => 8,
         };
         [most_warps, 4, 1].into_iter().find_map(|warps| {
@@ -376,8 +376,7 @@ mod tests {
                 assert!(parts.is_power_of_two() && parts <= plan.ranges);
                 assert!(plan.ranges / parts <= MOST_PART_RANGES);
                 assert!(division.rows <= 8 || division.warps <= 12);
-                assert!(division.rows <= 16 || division.rows > 24 || division.warps <= 8);
-                assert!(division.rows <= 24 || limits.is_hopper || division.warps <= 8);
+                assert!(division.rows <= 16 || limits.is_hopper || division.warps <= 8);
                 for part in 0..parts {
                     let start = plan.blocks * part / parts;
                     let end = plan.blocks * (part + 1) / parts;
@@ -418,7 +417,7 @@ mod tests {
         assert_eq!(division(128, 128, 32), (32, 12, 8));
         assert_eq!(division(344, 128, 32), (32, 12, 8));
         assert_eq!(division(688, 256, 32), (32, 12, 16));
-        assert_eq!(division(128, 384, 33), (17, 8, 4));
+        assert_eq!(division(128, 384, 33), (17, 12, 4));
     }
 
     #[test]
