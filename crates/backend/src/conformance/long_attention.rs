@@ -24,7 +24,7 @@ const LONG_RUN: usize = 40;
 const TOLERANCE: f64 = 1e-5;
 
 /// One-token sequences beside the row.
-const NEIGHBOURS: usize = 300;
+const NEIGHBOURS: usize = 400;
 
 pub(super) fn run<D: Device>(suite: &mut Suite<'_, D>) -> Result<(), ConformanceError> {
     for format in [CacheFormat::F16, CacheFormat::Q4] {
