@@ -115,6 +115,7 @@ pub(super) fn table() -> Vec<(String, LinearCase)> {
             add(words, float(dtype), in_features, out_features);
         }
     }
+    add("F16 wide".to_owned(), float(DType::F16), 16_900, 33);
     for dtype in [DType::BF16, DType::F32] {
         let stored = Stored::Float {
             dtype,
@@ -186,6 +187,8 @@ fn exl2_cases() -> Vec<(String, LinearCase)> {
     add("EXL2 typical".to_owned(), typical(576, 1536, 5));
     add("EXL2 typical".to_owned(), typical(1536, 576, 6));
     add("EXL2 typical".to_owned(), typical(192, 4096, 7));
+    // A worker's share of so many inputs is more than a few groups.
+    add("EXL2 wide".to_owned(), typical(11_008, 64, 8));
     cases
 }
 
