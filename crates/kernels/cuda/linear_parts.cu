@@ -67,7 +67,8 @@ __device__ __forceinline__ void load_parts(const LinearArgs& args, int first, in
     }
 }
 
-// Copies the activations of a part, whose blocks are counted here: there are no registers to keep them in. Rows past the last are copies of the last: their sums are not stored.
+// Copies the activations of a part, whose blocks are counted here: there are no registers to keep them in. Rows past
+// the last are copies of the last: their sums are not stored.
 template <int ROWS>
 __device__ __forceinline__ void copy_rows(const LinearArgs& args, const __half* x, int part,
                                           char* places) {
@@ -157,8 +158,8 @@ __device__ __forceinline__ void store_sums(const LinearArgs& args, int item,
             }
         }
     };
-    // All are loaded before any is stored: the compiler would have each load wait for the store before it, as long as
-    // all of them take at once.
+    // All are loaded before any is stored: the compiler would have each load wait for the store before it, and each
+    // takes as long as all.
     float before[8 * ROW_TILES] = {};
     if (args.accumulate) {
         each_place([&](int place, float, const float* out, bool is_there) {

@@ -97,8 +97,8 @@ const MOST_SPLIT_BLOCKS: usize = 3;
 /// evenly to fewer blocks, which have more of them on their way.
 const SHARING_BLOCKS: usize = 2;
 
-/// The same where more blocks of fp16 are needed than are held at once: with a stage of its own each waits for its
-/// next tile, but for others to end none has to.
+/// The same where more blocks of fp16 are needed than would be held at once. Each has one stage alone and waits for its next
+/// tile, but a round of blocks less has to wait for others to end.
 const QUEUING_BLOCKS: usize = 4;
 
 /// `BLOCK_BYTES` of `walk.cuh`.

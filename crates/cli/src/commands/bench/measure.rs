@@ -154,3 +154,33 @@ fn draw_all(step: &mut StepPlan, runner: &dyn Runner) {
 fn spread(index: usize, vocab_size: usize) -> u32 {
     (index as u32).wrapping_mul(2_654_435_761) % vocab_size as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use anyhow::bail;
+
+    use super::*;
+
+    #[test]
+    fn a_case_is_as_fast_as_its_best_run() {
+        let mut rates = Vec::new();
+        let best = best_at_speed(|| {
+            let rate = [3.0, 5.0, 2.0][rates.len() % 3];
+            rates.push(rate);
+            std::thread::sleep(CASE / 4);
+            Ok(rate)
+        });
+        assert_eq!(best.unwrap(), rates.iter().copied().fold(0.0, f64::max));
+    }
+
+    #[test]
+    fn a_run_that_fails_ends_its_case() {
+        let mut runs = 0;
+        let failed = best_at_speed(|| {
+            runs += 1;
+            bail!("a device failed")
+        });
+        assert_eq!(failed.unwrap_err().to_string(), "a device failed");
+        assert_eq!(runs, 1);
+    }
+}
