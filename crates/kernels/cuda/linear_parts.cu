@@ -20,14 +20,14 @@
 
 namespace oxl {
 
-// Threads of a CTA of 17 to 32 rows: as many as the compiler finds registers for. And for how many registers are
+// Threads of a CTA of more than 16 rows: as many as the compiler finds registers for. And for how many registers are
 // dealt out with 9 to 16 rows: more than the 384 that there are, if few registers are worth it (see linear.cu)
 // and it finds enough.
 #if defined(OXL_EMULATED) || defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-constexpr int THREADS_OF_32 = 384;
+constexpr int THREADS_ABOVE_16 = 384;
 constexpr int DEALT_THREADS_OF_16 = 512;
 #else
-constexpr int THREADS_OF_32 = 256;
+constexpr int THREADS_ABOVE_16 = 256;
 constexpr int DEALT_THREADS_OF_16 = 384;
 #endif
 
@@ -361,12 +361,12 @@ extern "C" __global__ void __launch_bounds__(oxl::DEALT_THREADS_OF_16, 1)
     oxl::linear_parts<2>(args);
 }
 
-extern "C" __global__ void __launch_bounds__(oxl::THREADS_OF_32, 1)
+extern "C" __global__ void __launch_bounds__(oxl::THREADS_ABOVE_16, 1)
     oxl_linear_24(const __grid_constant__ LinearArgs args) {
     oxl::linear_parts<3>(args);
 }
 
-extern "C" __global__ void __launch_bounds__(oxl::THREADS_OF_32, 1)
+extern "C" __global__ void __launch_bounds__(oxl::THREADS_ABOVE_16, 1)
     oxl_linear_32(const __grid_constant__ LinearArgs args) {
     oxl::linear_parts<4>(args);
 }

@@ -31,7 +31,7 @@ Variables:
   GOLDEN     the whole model's golden outputs (of SmolLM2-135M in EXL2 at 4.0 bits:
              fixtures/golden.json, where the bundle has it)
   SCRATCH    where files of models are made for a while [DIR]
-  REPEAT     benches take the best of so many runs [2]
+  REPEAT     benches take the best of so many rounds [2]
   TIME       seconds after which a step is ended and has failed [900]
 USAGE
 }

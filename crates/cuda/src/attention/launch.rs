@@ -221,13 +221,10 @@ impl Ring {
             };
             share.saturating_sub(rest) / slot_bytes
         };
-        let is_enough = |&(blocks, slots): &(usize, usize)| match blocks {
-            QUEUING_BLOCKS => slots >= 1,
-            _ => slots >= 2,
-        };
-        let mut each = (1..=blocks).rev().map(|blocks| (blocks, slots(blocks)));
-        let several = each.find(is_enough).map(|(_, slots)| slots);
-        let slots = several.unwrap_or_else(|| slots(1)).min(MOST_SLOTS);
+        let least_slots = |blocks| if blocks == QUEUING_BLOCKS { 1 } else { 2 };
+        let mut most_first = (1..=blocks).rev();
+        let held = most_first.find(|&blocks| slots(blocks) >= least_slots(blocks));
+        let slots = slots(held.unwrap_or(1)).min(MOST_SLOTS);
         (slots > 0).then_some(Self {
             slots,
             slot_bytes,
@@ -246,13 +243,16 @@ fn shared_limit(gpu: &GpuInfo) -> usize {
 fn blocks_of_multiprocessor(blocks: usize, cache: &CacheShape, gpu: &GpuInfo) -> usize {
     /// Of more dimensions two blocks take all registers.
     const MOST_QUEUING_DIMS: usize = 128;
+    if !is_direct(cache) {
+        return MOST_SPLIT_BLOCKS;
+    }
     let each = blocks.div_ceil(gpu.multiprocessors);
-    if is_direct(cache) && each <= SHARING_BLOCKS {
+    if each <= SHARING_BLOCKS {
         SHARING_BLOCKS
-    } else if is_direct(cache) && each > MOST_SPLIT_BLOCKS && cache.head_dim <= MOST_QUEUING_DIMS {
-        QUEUING_BLOCKS
-    } else {
+    } else if each <= MOST_SPLIT_BLOCKS || cache.head_dim > MOST_QUEUING_DIMS {
         MOST_SPLIT_BLOCKS
+    } else {
+        QUEUING_BLOCKS
     }
 }
 
