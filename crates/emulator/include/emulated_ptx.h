@@ -57,6 +57,12 @@ inline void load_shared(uint32_t place, Words&... words) {
     const uint8_t* from = emulated::shared_at(place);
     ((memcpy(&words, from, sizeof(words)), from += sizeof(words)), ...);
 }
+inline uint32_t load_shared_byte(uint32_t place) { return *emulated::shared_at(place); }
+inline uint32_t load_shared_half(uint32_t place) {
+    uint16_t half;
+    memcpy(&half, emulated::shared_at(place), sizeof(half));
+    return half;
+}
 
 // --- Tensor cores ---
 
@@ -94,6 +100,9 @@ inline void load_blocks_transposed(uint32_t (&out)[4], uint32_t address) {
 // --- Copies that are made when they are waited for ---
 
 inline void copy_async(uint32_t to, const void* from) { emulated::start_copy(to, from, 16, 16); }
+inline void copy_part_async(uint32_t to, const void* from, int bytes) {
+    emulated::start_copy(to, from, 16, bytes);
+}
 inline void copy_async(uint32_t to, const void* from, bool is_read) {
     emulated::start_copy(to, from, 16, is_read ? 16 : 0);
 }

@@ -170,12 +170,12 @@ __device__ __forceinline__ float fold(float kept, float part, FoldFactors factor
 }
 
 // Folds two dimensions of a piece into the pieces before it, which lie at `place`, unless it is the first.
-__device__ __forceinline__ void fold_in_place(float* two, float2* place, FoldFactors factors,
-                                              bool is_first) {
+__device__ __forceinline__ void fold_in_place(float& first, float& second, float2* place,
+                                              FoldFactors factors, bool is_first) {
     const float2 before = is_first ? make_float2(0.0f, 0.0f) : *place;
-    two[0] = fold(before.x, two[0], factors);
-    two[1] = fold(before.y, two[1], factors);
-    *place = make_float2(two[0], two[1]);
+    first = fold(before.x, first, factors);
+    second = fold(before.y, second, factors);
+    *place = make_float2(first, second);
 }
 
 // --- The rows of a tile. ---
@@ -344,35 +344,31 @@ __device__ __forceinline__ float largest_of_row(float x) {
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
 
-// Replaces products by scores; of tokens that a row does not see, by minus infinity. `token` is
-// the position of the first of the lane's two columns, and `is_masked` whether there may be such tokens.
-__device__ __forceinline__ void products_to_scores(float (&s)[4], const AttendArgs& args, int token,
-                                                   const int (&positions)[2],
-                                                   const int (&firsts)[2], bool is_masked) {
+// Replaces products by scores.
+__device__ __forceinline__ void products_to_scores(float (&s)[4], const AttendArgs& args) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) s[i] = __fmul_rn(s[i], args.score_factor);
     if (args.cap_factor != 0.0f) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[i] = capped_score(s[i], args.cap_factor);
     }
-    if (!is_masked) return;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int at = token + i % 2;
-        if (at > positions[i / 2] || at < firsts[i / 2]) s[i] = minus_infinity();
-    }
 }
 
 // --- From pages to shared memory. ---
 
-// Waits until at most `pending` of the thread's latest groups of copies are under way.
+// Waits until at most `pending`, up to 3, of the thread's latest groups of copies are under way. By bits: of a switch the
+// compiler makes a table in memory.
 __device__ __forceinline__ void copies_wait(int pending) {
-    switch (pending) {
-        case 0: wait_for_copies<0>(); break;
-        case 1: wait_for_copies<1>(); break;
-        case 2: wait_for_copies<2>(); break;
-        case 3: wait_for_copies<3>(); break;
-        default: wait_for_copies<4>(); break;
+    if ((pending & 2) == 0) {
+        if ((pending & 1) == 0) {
+            wait_for_copies<0>();
+        } else {
+            wait_for_copies<1>();
+        }
+    } else if ((pending & 1) == 0) {
+        wait_for_copies<2>();
+    } else {
+        wait_for_copies<3>();
     }
 }
 

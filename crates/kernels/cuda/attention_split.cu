@@ -9,7 +9,7 @@
 // elsewhere: each block norms and rotates its query heads; the one that has the row's own token among
 // its pieces norms, rotates and stores its key and value, and attends to them as they will be read
 // back. All else that a block reads is older than the step and on its way before the wait.
-#include "split_results.cuh"
+#include "split_rows.cuh"
 
 namespace {
 
@@ -18,10 +18,10 @@ using namespace oxl;
 // Row length of a tile's weights in shared memory.
 constexpr int WEIGHT_STRIDE = TILE + PADDING;
 // What a block's shared memory begins with. The queries, fp16 [HEADS_OF_WARP, D + PADDING] or as
-// many rows as there are, come next; when they are in registers, the weights of a tile, fp16
-// [HEADS_OF_WARP, WEIGHT_STRIDE], take their place. Then the step's heads as they come, f32
+// many rows as there are, come next, then the weights of a tile, fp16 [HEADS_OF_WARP, WEIGHT_STRIDE],
+// which take the place of queries that registers hold: of fp16's. Then the step's heads as they come, f32
 // [heads, head_dim], and the tiles.
-template <int D>
+template <int D, bool IS_CODES>
 struct SplitShared {
     float largest[ATTEND_WARPS][HEADS_OF_WARP];
     float sums[HEADS_OF_WARP];
@@ -29,32 +29,35 @@ struct SplitShared {
     RowState wholes[ATTEND_WARPS][HEADS_OF_WARP];
     int is_last;
     int unused[15];
-    // The row's own key and value as they will be decoded.
-    __half fresh[2][D];
+    // The row's own key and value.
+    FreshRow<D, IS_CODES> fresh[2];
 };
-static_assert(sizeof(SplitShared<64>) % 128 == 0, "tiles are aligned");
+static_assert(sizeof(SplitShared<64, false>) % 128 == 0, "tiles are aligned");
+static_assert(sizeof(SplitShared<64, true>) == sizeof(SplitShared<64, false>), "one for the host");
 
 // One block's share of a tile of rows: its pieces, every `step`-th from `first_piece` on.
-template <int D>
+template <int D, bool IS_CODES>
 struct SplitBlock {
     static constexpr int STRIDE = D + PADDING;
     // Dimensions of the result that a warp has, in pairs of eight.
     static constexpr int PAIRS = D / ATTEND_WARPS / 16;
+    // Of codes, neighbouring dimensions that are one column of as many products.
+    static constexpr int COLUMN = 2 * PAIRS;
 
     const AttendArgs& args;
     const Queries& queries;
     const Span& span;
-    SplitShared<D>& shared;
+    SplitShared<D, IS_CODES>& shared;
     __half* shared_weights;
     int warp;
     int lane;
-    // Positions of rows g and g + 8, and what they see from.
-    int positions[2];
-    int firsts[2];
-    uint32_t q[D / 16][4];
+    // The lane's queries where they lie, or, unless tiles are codes, what is there.
+    uint32_t query_place;
+    uint32_t q[IS_CODES ? 1 : D / 16][4];
 
     __device__ __forceinline__ SplitBlock(const AttendArgs& args, const Queries& queries,
-                                          const Span& span, SplitShared<D>& shared,
+                                          const Span& span,
+                                          SplitShared<D, IS_CODES>& shared,
                                           __half* shared_weights)
         : args(args),
           queries(queries),
@@ -63,58 +66,115 @@ struct SplitBlock {
           shared_weights(shared_weights) {
         warp = threadIdx.x / WARP_LANES;
         lane = threadIdx.x % WARP_LANES;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            positions[i] = queries.first_position + queries.row(args, lane / 4 + 8 * i);
-            firsts[i] = first_visible(args, positions[i]);
-        }
     }
 
     // From fp16 [rows, STRIDE] in shared memory; the last row stands for those that there are not.
     __device__ __forceinline__ void take_queries(const __half* from, int rows) {
-        const __half* row = from + min(lane % 16, rows - 1) * STRIDE + lane / 16 * 8;
+        query_place = shared_address(from + min(lane % 16, rows - 1) * STRIDE + lane / 16 * 8);
+        if (IS_CODES) return;
 #pragma unroll
-        for (int step = 0; step < D / 16; ++step) {
-            load_blocks(q[step], shared_address(row + step * 16));
-        }
+        for (int step = 0; step < D / 16; ++step) load_blocks(q[step], query_place + step * 32);
     }
 
-    // Scores of all heads over the warp's 16 tokens of a tile, and their largest for the others.
-    __device__ __forceinline__ void score(float (&s)[2][4], const __half* keys, int tile,
-                                          int quarters) {
-        if (warp < quarters) {
+    // Products of all heads with the keys of the warp's 16 tokens.
+    __device__ __forceinline__ void multiply_keys(float (&s)[2][4], const uint8_t* keys) const {
+        if constexpr (!IS_CODES) {
+            const __half* rows = reinterpret_cast<const __half*>(keys);
 #pragma unroll
             for (int step = 0; step < D / 16; ++step) {
                 if (step * 16 < args.head_dim) {
                     uint32_t b[4];
-                    load_keys(b, keys, STRIDE, warp * 16, step * 16, lane);
+                    load_keys(b, rows, STRIDE, warp * 16, step * 16, lane);
                     multiply_add(s[0], q[step], b[0], b[1]);
                     multiply_add(s[1], q[step], b[2], b[3]);
                 }
             }
-        }
-        float largest[2] = {minus_infinity(), minus_infinity()};
-        const bool is_masked =
-            args.window > 0 || (tile + 1) * TILE > queries.first_position + 1;
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            const int token = tile * TILE + warp * 16 + n * 8 + lane % 4 * 2;
-            products_to_scores(s[n], args, token, positions, firsts, is_masked);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s[n][i]);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            largest[i] = largest_of_row(largest[i]);
-            if (lane % 4 == 0) shared.largest[warp][lane / 4 + 8 * i] = largest[i];
+        } else if (args.key_format == FORMAT_Q4) {
+            multiply_codes<FORMAT_Q4>(s, keys);
+        } else {
+            multiply_codes<FORMAT_Q8>(s, keys);
         }
     }
 
-    // Weights of all heads and tokens of the tile, by way of shared memory.
-    __device__ __forceinline__ void exchange_weights(const float (&s)[2][4], RowState (&part)[2],
-                                                     uint32_t (&weights)[4][4], int quarters) {
+    template <int FORMAT>
+    __device__ __forceinline__ void multiply_codes(float (&s)[2][4], const uint8_t* keys) const {
+        using Operands = KeyOperands<FORMAT>;
+        const StoredTile stored = {{FORMAT, args.head_dim}};
+        const int row_bytes = stored.row_bytes();
+        const int scale_bytes = stored.scale_bytes();
+        const int token = warp * 16 + lane / 4;
+        uint32_t codes = shared_address(keys + token * row_bytes);
+        uint32_t scales = shared_address(keys + stored.scales_at() + token * scale_bytes);
+        uint32_t query = query_place;
+        const uint32_t selector = Operands::of_lane(lane % 4);
+#pragma unroll 1
+        for (int first = 0; first < args.head_dim; first += GROUP) {
+            uint32_t a[2][4];
+            load_blocks(a[0], query);
+            load_blocks(a[1], query + 32);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const Operands of(codes + n * 8 * row_bytes,
+                                  load_shared_half(scales + n * 8 * scale_bytes), selector);
+                multiply_add(s[n], a[0], of.b[0][0], of.b[0][1]);
+                multiply_add(s[n], a[1], of.b[1][0], of.b[1][1]);
+            }
+            codes += Operands::GROUP_BYTES;
+            scales += 2;
+            query += 64;
+        }
+    }
+
+    // Scores of all heads over the warp's tokens of a tile, and their largest for the others.
+    __device__ __forceinline__ void score(float (&s)[2][4], const uint8_t* keys, int tile,
+                                          int quarters) {
+        if (warp < quarters) multiply_keys(s, keys);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) products_to_scores(s[n], args);
+        const int last_seen_by_all = queries.first_position;
+        if (args.window > 0 || (tile + 1) * TILE - 1 > last_seen_by_all) mask(s, tile);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
+            if (i == 1 && !has_upper()) break;
+            float largest = minus_infinity();
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                largest = fmaxf(largest, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
+            }
+            largest = largest_of_row(largest);
+            if (lane % 4 == 0) shared.largest[warp][lane / 4 + 8 * i] = largest;
+        }
+    }
+
+    // Whether there are query heads from 8 on: what is found for those that there are not is nobody's.
+    __device__ __forceinline__ bool has_upper() const {
+        return queries.rows * args.heads_per_tile > 8;
+    }
+
+    // Replaces scores of tokens that a row does not see by minus infinity.
+    __device__ __forceinline__ void mask(float (&s)[2][4], int tile) const {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int position = queries.first_position + queries.row(args, lane / 4 + 8 * i);
+            const int first = first_visible(args, position);
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+#pragma unroll
+                for (int column = 0; column < 2; ++column) {
+                    const int token =
+                        tile * TILE + warp * 16 + n * 8 + lane % 4 * 2 + column;
+                    if (token > position || token < first) s[n][2 * i + column] = minus_infinity();
+                }
+            }
+        }
+    }
+
+    // Puts the weights of all heads and tokens of the tile into shared memory, and the rows' largest scores into `part`.
+    __device__ __forceinline__ void share_weights(const float (&s)[2][4], RowState (&part)[2]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            part[i] = nothing_seen();
+            if (i == 1 && !has_upper()) break;
             const int m = lane / 4 + 8 * i;
             float largest = shared.largest[0][m];
 #pragma unroll
@@ -132,39 +192,107 @@ struct SplitBlock {
             }
         }
         __syncthreads();
-#pragma unroll
-        for (int step = 0; step < TILE / 16; ++step) {
-            if (step < quarters) {
-                load_a(weights[step], shared_weights, WEIGHT_STRIDE, step * 16, lane);
-            }
-        }
-        sum_weights(part, weights, quarters);
     }
 
-    // Folds a tile, whose values follow its keys, into the piece. Calls `when_scored` when the keys
-    // are no longer needed.
-    template <typename WhenScored>
-    __device__ __forceinline__ void attend_tile(const __half* keys, int tile, LaneStates& states,
-                                                float (&kept)[PAIRS][2][4],
-                                                WhenScored when_scored) {
+    // The weights of 16 tokens from there.
+    __device__ __forceinline__ void take_weights(uint32_t (&weights)[4], int step) const {
+        load_a(weights, shared_weights, WEIGHT_STRIDE, step * 16, lane);
+    }
+
+    // Folds the tile at the ring's oldest stage into the piece, and has the keys of a later one copied over its own.
+    __device__ __forceinline__ void attend_tile(const TileRing<D, IS_CODES>& ring, int tile,
+                                                LaneStates& states,
+                                                float (&kept)[PAIRS][2][4]) {
         const int quarters = (min(TILE, span.end_token - tile * TILE) + 15) / 16;
         float s[2][4] = {};
-        score(s, keys, tile, quarters);
+        score(s, ring.stage(), tile, quarters);
         __syncthreads();
-        when_scored();
+        ring.fill_keys();
         RowState part[2];
+        share_weights(s, part);
+        const uint8_t* values = ring.stage() + ring.values_offset();
+        if constexpr (!IS_CODES) {
+            fold_halves(kept, states, part, reinterpret_cast<const __half*>(values), quarters);
+        } else if (args.value_format == FORMAT_Q4) {
+            fold_codes<FORMAT_Q4>(kept, states, part, values, quarters);
+        } else {
+            fold_codes<FORMAT_Q8>(kept, states, part, values, quarters);
+        }
+    }
+
+    // Adds the tile's part of the warp's dimensions to what is kept, and to the states of rows. `part`: the tile's largest
+    // scores.
+    __device__ __forceinline__ void fold_halves(float (&kept)[PAIRS][2][4], LaneStates& states,
+                                                RowState (&part)[2], const __half* values,
+                                                int quarters) const {
         uint32_t weights[4][4] = {};
-        exchange_weights(s, part, weights, quarters);
+#pragma unroll
+        for (int step = 0; step < TILE / 16; ++step) {
+            if (step < quarters) take_weights(weights[step], step);
+        }
+        sum_weights(part, weights, quarters);
         FoldFactors factors[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) factors[i] = fold_state(states.rows[i], part[i]);
-        const __half* values = keys + TILE * STRIDE;
 #pragma unroll
         for (int pair = 0; pair < PAIRS; ++pair) {
             const int dimension = (warp * PAIRS + pair) * 16;
             if (dimension < args.head_dim) {
-                fold_values(kept[pair], weights, values, STRIDE, dimension, quarters, factors,
-                            lane);
+                fold_values(kept[pair], weights, values, STRIDE, dimension, quarters, factors, lane);
+            }
+        }
+    }
+
+    // The same of codes: product j has dimension j of each column. One loop of few instructions, since most launches have
+    // no more than a tile for a block, for which each of them comes from far away.
+    template <int FORMAT>
+    __device__ __forceinline__ void fold_codes(float (&kept)[PAIRS][2][4], LaneStates& states,
+                                               RowState (&part)[2], const uint8_t* values,
+                                               int quarters) const {
+        using Pairs = ValuePairs<FORMAT, COLUMN>;
+        const StoredTile stored = {{FORMAT, args.head_dim}};
+        const int row_bytes = stored.row_bytes();
+        const int scale_bytes = stored.scale_bytes();
+        // Of dimensions that there are: others' sums are nobody's.
+        const int column = min(int(threadIdx.x) / 4, args.head_dim / COLUMN - 1);
+        const int token = lane % 4 * 2;
+        uint32_t codes = shared_address(values + token * row_bytes + column * Pairs::BYTES);
+        uint32_t scales = shared_address(values + stored.scales_at() + token * scale_bytes +
+                                         column * COLUMN / GROUP * 2);
+        float sums[4] = {};
+        float products[COLUMN][4] = {};
+#pragma unroll 1
+        for (int step = 0; step < quarters; ++step) {
+            uint32_t weights[4];
+            take_weights(weights, step);
+            multiply_add(sums, weights, ONES, ONES);
+            uint32_t b[2][COLUMN];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const uint32_t first = load_shared_half(scales + 8 * i * scale_bytes);
+                const uint32_t second = load_shared_half(scales + (8 * i + 1) * scale_bytes);
+                const Pairs of(codes + 8 * i * row_bytes, row_bytes,
+                               __byte_perm(first, second, 0x5410));
+#pragma unroll
+                for (int j = 0; j < COLUMN; ++j) b[i][j] = of.pairs[j];
+            }
+#pragma unroll
+            for (int j = 0; j < COLUMN; ++j) multiply_add(products[j], weights, b[0][j], b[1][j]);
+            codes += 16 * row_bytes;
+            scales += 16 * scale_bytes;
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (i == 1 && !has_upper()) break;
+            part[i].sum = sums[2 * i];
+            const FoldFactors factors = fold_state(states.rows[i], part[i]);
+#pragma unroll
+            for (int j = 0; j < COLUMN; ++j) {
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    float& whole = kept[j / 2][j % 2][2 * i + n];
+                    whole = fold(whole, products[j][2 * i + n], factors);
+                }
             }
         }
     }
@@ -173,13 +301,21 @@ struct SplitBlock {
     // their place in a row of f32.
     template <typename Kept, typename Visit>
     __device__ __forceinline__ void each_pair(Kept& kept, int i, float* row, Visit visit) const {
+        const int first = IS_CODES ? (warp * 8 + lane % 4 * 2) * COLUMN
+                                   : warp * PAIRS * 16 + lane % 4 * 2;
+        const int end = args.head_dim - first;
+        row += first;
 #pragma unroll
         for (int pair = 0; pair < PAIRS; ++pair) {
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                const int dimension = (warp * PAIRS + pair) * 16 + n * 8 + lane % 4 * 2;
-                if (dimension < args.head_dim) {
-                    visit(&kept[pair][n][2 * i], reinterpret_cast<float2*>(row + dimension));
+                const int at = IS_CODES ? n * COLUMN + 2 * pair : pair * 16 + n * 8;
+                if (at >= end) continue;
+                float2* place = reinterpret_cast<float2*>(row + at);
+                if (IS_CODES) {
+                    visit(kept[pair][0][2 * i + n], kept[pair][1][2 * i + n], place);
+                } else {
+                    visit(kept[pair][n][2 * i], kept[pair][n][2 * i + 1], place);
                 }
             }
         }
@@ -192,8 +328,8 @@ struct SplitBlock {
         for (int i = 0; i < 2; ++i) {
             const int m = lane / 4 + 8 * i;
             if (!queries.has(args, m)) continue;
-            each_pair(kept, i, to(m), [](const float* two, float2* place) {
-                *place = make_float2(two[0], two[1]);
+            each_pair(kept, i, to(m), [](float first, float second, float2* place) {
+                *place = make_float2(first, second);
             });
         }
     }
@@ -212,8 +348,8 @@ struct SplitBlock {
             shared.wholes[warp][m] = whole;
             if (!queries.has(args, m)) continue;
             float* row = args.out + queries.query(args, m) * args.head_dim;
-            each_pair(kept, i, row, [&](float* two, float2* place) {
-                fold_in_place(two, place, factors, is_first);
+            each_pair(kept, i, row, [&](float& first, float& second, float2* place) {
+                fold_in_place(first, second, place, factors, is_first);
             });
         }
     }
@@ -247,73 +383,44 @@ struct SplitBlock {
     }
 };
 
-// Query heads of rows that `oxl_cache_...` has prepared, as fp16 [HEADS_OF_WARP, STRIDE].
-template <int D>
-__device__ __forceinline__ void copy_queries(const AttendArgs& args, const Queries& queries,
-                                             __half* q) {
-    constexpr int UNITS = D / 8;
+// Writes what copies do not bring to a tile's stage: the row's own token, where `has_own` says that the tile has it, and, as
+// not a number times a weight of zero is none either, zeros for the scales of values of tokens that are before what rows
+// see. (Of those behind, and of fp16, copies have made zeros.)
+template <int D, bool IS_CODES>
+__device__ __forceinline__ void complete_tile(const Queries& queries, const Span& span, int tile,
+                                              bool has_own,
+                                              const FreshRow<D, IS_CODES> (&fresh)[2],
+                                              const TileRing<D, IS_CODES>& ring) {
+    const int unseen = IS_CODES ? span.first_token - tile * TILE : 0;
+    // Copies of other threads bring what is there of these scales.
+    if (IS_CODES && (has_own || unseen > 0)) __syncthreads();
+    if (has_own) {
+        const int which = threadIdx.x / (ATTEND_THREADS / 2);
+        fresh[which].insert(ring.stage() + (which == 0 ? 0 : ring.values_offset()),
+                            which == 0 ? ring.keys() : ring.values(),
+                            queries.first_position % TILE, threadIdx.x % (ATTEND_THREADS / 2));
+    }
+    if (unseen <= 0) return;
+    const StoredTile stored = {ring.values()};
+    uint8_t* scales = ring.stage() + ring.values_offset() + stored.scales_at();
 #pragma unroll 1
-    for (int index = threadIdx.x; index < HEADS_OF_WARP * UNITS; index += ATTEND_THREADS) {
-        const int m = index / UNITS;
-        const int unit = index % UNITS;
-        uint4 eight = {0, 0, 0, 0};
-        if (queries.has(args, m)) {
-            const __half* row = args.queries + queries.query(args, m) * D;
-            eight = __ldcg(reinterpret_cast<const uint4*>(row) + unit);
-        }
-        *reinterpret_cast<uint4*>(q + m * (D + PADDING) + unit * 8) = eight;
+    for (int at = threadIdx.x * 2; at < unseen * stored.scale_bytes();
+         at += ATTEND_THREADS * 2) {
+        *reinterpret_cast<__half*>(scales + at) = __half();
     }
-}
-
-// Brings the tile's query heads to `q`, prepared, and where `has_own` says so, the row's own key and
-// value to shared memory and their page. Where the step's heads were, `places` of all threads wait for the end.
-template <int D, bool IS_DIRECT>
-__device__ __forceinline__ void prepare_queries(const AttendSplitArgs& all,
-                                                const Queries& queries, bool has_own,
-                                                SplitShared<D>& shared, __half* q,
-                                                const uint4& places) {
-    if (all.heads.is_fresh != 0) {
-        float* staging = reinterpret_cast<float*>(staging_of(all));
-        RowHeads<D, IS_DIRECT> heads(all, queries, has_own);
-        dependency_wait();
-        heads.load(staging);
-        __syncthreads();
-        heads.prepare(staging, q, shared.fresh);
-    } else {
-        copy_queries<D>(all.attend, queries, q);
-    }
-    __syncthreads();
-    if (has_places<D>(all, queries)) {
-        reinterpret_cast<uint4*>(staging_of(all))[threadIdx.x] = places;
-    }
-}
-
-// Whether this block is the last of those that share a tile of rows to come here: it sees what all
-// have written.
-__device__ __forceinline__ bool is_last_sharer(const AttendArgs& args, int sharers,
-                                               int& is_last) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        int32_t* counter = args.counters + blockIdx.x * gridDim.y + blockIdx.y;
-        is_last = atomicAdd(counter, 1) == sharers - 1;
-        if (is_last) *counter = 0;
-        __threadfence();
-    }
-    __syncthreads();
-    return is_last != 0;
 }
 
 // Grid: (tiles, kv_heads * head_tiles, blocks that share a tile's pieces).
-template <int D, bool IS_DIRECT>
+template <int D, bool IS_CODES>
 __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
     DYNAMIC_SHARED(uint8_t, dynamic_shared, 128);
-    using Block = SplitBlock<D>;
+    using Block = SplitBlock<D, IS_CODES>;
+    using Shared = SplitShared<D, IS_CODES>;
     touch_arguments(all);
     dependency_trigger();
     const AttendArgs& args = all.attend;
-    SplitShared<D>& shared = *reinterpret_cast<SplitShared<D>*>(dynamic_shared);
-    __half* q = reinterpret_cast<__half*>(dynamic_shared + sizeof(SplitShared<D>));
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared);
+    __half* q = reinterpret_cast<__half*>(dynamic_shared + sizeof(Shared));
     const Queries queries(args, blockIdx.x, blockIdx.y);
     // Launches of few rows have a block for every row, and may have fewer tiles.
     if (queries.rows == 0) return;
@@ -330,10 +437,11 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
     if (all.ordered_out != nullptr) places = Piece<D>(threadIdx.x).places(all, queries);
     if (!is_fresh) dependency_wait();
     const int first_piece = span.first_piece + blockIdx.z;
-    TileRing<D, IS_DIRECT> ring(args, queries, span,
+    TileRing<D, IS_CODES> ring(args, queries, span,
                                 is_fresh ? queries.first_position : span.end_token,
                                 dynamic_shared + all.tiles_at, first_piece, share.sharers);
-    Block block(args, queries, span, shared, q);
+    const int query_rows = is_fresh ? queries.heads : HEADS_OF_WARP;
+    Block block(args, queries, span, shared, IS_CODES ? q + query_rows * Block::STRIDE : q);
     LaneStates states = {{nothing_seen(), nothing_seen()}};
     float kept[Block::PAIRS][2][4] = {};
     int piece = first_piece;
@@ -342,24 +450,16 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
 #pragma unroll 1
     for (int turn = 1 - args.slots; piece <= span.last_piece; ++turn) {
         if (turn <= 0) ring.fill_keys();
-        if (turn <= 0 || IS_DIRECT) ring.fill_values();
+        ring.fill_values();
         if (turn < 0) continue;
         if (turn == 0) {
-            prepare_queries<D, IS_DIRECT>(all, queries, has_own, shared, q, places);
-            block.take_queries(q, is_fresh ? queries.heads : HEADS_OF_WARP);
+            prepare_queries<D, IS_CODES>(all, queries, has_own, shared.fresh, q, places);
+            block.take_queries(q, query_rows);
         }
-        const __half* keys = ring.next(tile, [&](__half* rows) {
-            constexpr int UNITS = D / 8;
-            if (!is_fresh || tile != span.last_tile || threadIdx.x >= 2 * UNITS) return;
-            const int which = threadIdx.x / UNITS;
-            const int unit = threadIdx.x % UNITS;
-            const int row = which * TILE + queries.first_position % TILE;
-            *reinterpret_cast<uint4*>(rows + row * Block::STRIDE + unit * 8) =
-                *reinterpret_cast<const uint4*>(shared.fresh[which] + unit * 8);
-        });
-        block.attend_tile(keys, tile, states, kept, [&] {
-            if (IS_DIRECT) ring.fill_keys();
-        });
+        ring.wait();
+        complete_tile(queries, span, tile, is_fresh && tile == span.last_tile, shared.fresh, ring);
+        __syncthreads();
+        block.attend_tile(ring, tile, states, kept);
         // What the tile and its weights lay in is used again.
         __syncthreads();
         if (++tile <= span.last_tile_of(piece)) continue;
@@ -382,21 +482,23 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
     uint8_t* memory = dynamic_shared + all.tiles_at;
     if (is_alone) {
         block.put_whole(reinterpret_cast<float*>(memory), states, kept);
-        write_whole<D, IS_DIRECT>(all, queries, memory, shared.sums);
+        write_whole<D, IS_CODES>(all, queries, memory, shared.sums);
         return;
     }
     if (!is_last_sharer(args, share.sharers, shared.is_last)) return;
-    write_folded<D, IS_DIRECT>(all, queries, share.pieces, memory, ring.bytes(), shared.sums);
+    write_folded<D, IS_CODES>(all, queries, share.pieces, memory, ring.bytes(), shared.sums);
 }
 
 }  // namespace
 
+// Registers for a block of 128 threads beside a product's CTA (linear.cu), so that pages are on their way while
+// queries, keys and values are still being multiplied.
 extern "C" __global__ void __launch_bounds__(128, 4)
 oxl_attend_split_64(const __grid_constant__ AttendSplitArgs args) {
     attend_split<64, false>(args);
 }
 
-extern "C" __global__ void __launch_bounds__(128, 3)
+extern "C" __global__ void __launch_bounds__(128, 4)
 oxl_attend_split_128(const __grid_constant__ AttendSplitArgs args) {
     attend_split<128, false>(args);
 }
@@ -406,19 +508,17 @@ oxl_attend_split_256(const __grid_constant__ AttendSplitArgs args) {
     attend_split<256, false>(args);
 }
 
-// Registers for a block of 128 threads beside a product's CTA (linear.cu), so that pages are on their way while
-// queries, keys and values are still being multiplied.
 extern "C" __global__ void __launch_bounds__(128, 4)
-oxl_attend_direct_64(const __grid_constant__ AttendSplitArgs args) {
+oxl_attend_codes_64(const __grid_constant__ AttendSplitArgs args) {
     attend_split<64, true>(args);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 4)
-oxl_attend_direct_128(const __grid_constant__ AttendSplitArgs args) {
+oxl_attend_codes_128(const __grid_constant__ AttendSplitArgs args) {
     attend_split<128, true>(args);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2)
-oxl_attend_direct_256(const __grid_constant__ AttendSplitArgs args) {
+oxl_attend_codes_256(const __grid_constant__ AttendSplitArgs args) {
     attend_split<256, true>(args);
 }

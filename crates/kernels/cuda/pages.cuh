@@ -93,6 +93,51 @@ __device__ __forceinline__ EncodedElement encode_group(float x, float half_range
     return encoded;
 }
 
+// A group as quantised formats keep it: the codes of the lane's neighbours, its own among them, and what a reader will
+// decode of its own.
+struct StoredGroup {
+    uint32_t word;
+    __half scale;
+    __half element;
+};
+
+// Of a rotated group, of which lane i holds element i; all lanes take part.
+__device__ __forceinline__ StoredGroup stored_group(HeadLayout layout, float x, int lane) {
+    const bool is_q8 = layout.format == FORMAT_Q8;
+    const float half_range = is_q8 ? 128.0f : 8.0f;
+    const EncodedElement encoded = encode_group(x, half_range);
+    // Four or eight neighbours' codes make a word.
+    const int neighbours = is_q8 ? 4 : 8;
+    const int bits = is_q8 ? 8 : 4;
+    uint32_t word = encoded.code << (bits * (lane % neighbours));
+    word |= __shfl_xor_sync(0xffffffffu, word, 1);
+    word |= __shfl_xor_sync(0xffffffffu, word, 2);
+    const uint32_t eight = word | __shfl_xor_sync(0xffffffffu, word, 4);
+    // As `scaled_pair` rounds.
+    const __half element =
+        __hmul(__float2half_rn(float(encoded.code) - half_range), encoded.scale);
+    return {is_q8 ? word : eight, encoded.scale, element};
+}
+
+// Writes it as the elements GROUP * part .. of a vector of codes, and its scale among the vector's.
+__device__ __forceinline__ void put_group(uint8_t* vector, __half* scales, HeadLayout layout,
+                                          int part, const StoredGroup& stored, int lane) {
+    const int neighbours = layout.format == FORMAT_Q8 ? 4 : 8;
+    const int element = part * GROUP + lane;
+    if (lane % neighbours == 0) {
+        reinterpret_cast<uint32_t*>(vector)[element / neighbours] = stored.word;
+    }
+    if (lane == 0) scales[part] = stored.scale;
+}
+
+// Writes it as the head page's `token`.
+__device__ __forceinline__ void put_in_page(uint8_t* page, HeadLayout layout, int token, int part,
+                                            const StoredGroup& stored, int lane) {
+    uint8_t* vector = page + token * layout.vector_bytes();
+    uint8_t* scales = page + PAGE_TOKENS * layout.vector_bytes() + token * layout.scale_bytes();
+    put_group(vector, reinterpret_cast<__half*>(scales), layout, part, stored, lane);
+}
+
 // Keeps the elements GROUP * part .. of a vector as the head page's `token`, if it is to be kept:
 // lane i holds element GROUP * part + i, already rotated where the format is quantised. All lanes
 // take part. Returns what a reader will decode; in f32, nothing.
@@ -110,26 +155,9 @@ __device__ __forceinline__ __half store_group(uint8_t* page, HeadLayout layout, 
         if (is_there) reinterpret_cast<__half*>(vector)[element] = stored;
         return stored;
     }
-    const bool is_q8 = layout.format == FORMAT_Q8;
-    const float half_range = is_q8 ? 128.0f : 8.0f;
-    const EncodedElement encoded = encode_group(x, half_range);
-    // Four or eight neighbours' codes make a word.
-    const int neighbours = is_q8 ? 4 : 8;
-    const int bits = is_q8 ? 8 : 4;
-    uint32_t word = encoded.code << (bits * (lane % neighbours));
-    word |= __shfl_xor_sync(0xffffffffu, word, 1);
-    word |= __shfl_xor_sync(0xffffffffu, word, 2);
-    const uint32_t eight = word | __shfl_xor_sync(0xffffffffu, word, 4);
-    if (is_kept && lane % neighbours == 0) {
-        const int index = element / neighbours;
-        reinterpret_cast<uint32_t*>(vector)[index] = is_q8 ? word : eight;
-    }
-    if (is_kept && lane == 0) {
-        uint8_t* scales = page + PAGE_TOKENS * layout.vector_bytes();
-        reinterpret_cast<__half*>(scales + token * layout.scale_bytes())[part] = encoded.scale;
-    }
-    // As `scaled_pair` rounds.
-    return __hmul(__float2half_rn(float(encoded.code) - half_range), encoded.scale);
+    const StoredGroup stored = stored_group(layout, x, lane);
+    if (is_kept) put_in_page(page, layout, token, part, stored, lane);
+    return stored.element;
 }
 
 // Eight codes with their scale as eight fp16 numbers in their order: code times scale, rounded

@@ -105,6 +105,18 @@ __device__ __forceinline__ void load_shared(uint32_t place, uint32_t& a) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(a) : "r"(place));
 }
 
+__device__ __forceinline__ uint32_t load_shared_byte(uint32_t place) {
+    uint32_t byte;
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(byte) : "r"(place));
+    return byte;
+}
+
+__device__ __forceinline__ uint32_t load_shared_half(uint32_t place) {
+    uint32_t half;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=r"(half) : "r"(place));
+    return half;
+}
+
 // --- Tensor cores. Lane l is g = l / 4, t = l % 4. ---
 
 // c[16, 8] += a[16, 16] b[16, 8] of fp16. Lane (g, t) holds of c the columns 2 t and 2 t + 1 of row g,
@@ -141,11 +153,15 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// Copies 16 bytes, or writes zeros where the source is not to be read.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool is_read) {
-    const int bytes = is_read ? 16 : 0;
+// Copies so many of 16 bytes, and writes zeros to the others.
+__device__ __forceinline__ void copy_part_async(uint32_t to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes)
                  : "memory");
+}
+
+// Copies 16 bytes, or writes zeros where the source is not to be read.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool is_read) {
+    copy_part_async(to, from, is_read ? 16 : 0);
 }
 
 // Copies 16 bytes if `left` is positive.

@@ -1,9 +1,9 @@
-// What a block that attends for few rows of a sequence has in shared memory: tiles on their way from
-// their pages, and what the step's own token brings (attention_split.cu).
+// What blocks that attend for few rows of a sequence take, and tiles on their way from their pages to shared memory
+// (attention_split.cu).
 #pragma once
 
 #include "attention.cuh"
-#include "heads.cuh"
+#include "codes.cuh"
 
 // What a step's rows bring, as the linears before left it.
 struct StepHeads {
@@ -59,11 +59,11 @@ __device__ __forceinline__ void touch_arguments(const AttendSplitArgs& args) {
     touch(word);
 }
 
-// How the vectors of a head lie, which is known beforehand where tiles are used as pages have them.
-template <bool IS_DIRECT>
+// How the vectors of a head lie, which is known beforehand of fp16.
+template <bool IS_CODES>
 __device__ __forceinline__ HeadLayout layout_of(const AttendArgs& args, bool is_value) {
     const int32_t format = is_value ? args.value_format : args.key_format;
-    return {IS_DIRECT ? FORMAT_F16 : format, args.head_dim};
+    return {IS_CODES ? format : FORMAT_F16, args.head_dim};
 }
 
 // Who attends to what of a tile of rows: block z of `sharers` takes every `sharers`-th piece.
@@ -106,10 +106,9 @@ struct TileRows {
     __device__ __forceinline__ bool is_seen(int row) const { return row >= first && row < end; }
 };
 
-// The tiles of a block's pieces, keys and values together, in a ring of stages that is filled ahead.
-// IS_DIRECT: pages hold fp16 as it is wanted, but for the padding; otherwise a stage has the
-// page's own bytes.
-template <int D, bool IS_DIRECT>
+// The tiles of a block's pieces, keys and values together, in a ring of stages that is filled ahead. They are used where
+// they are: fp16 [TILE, D + PADDING], zeros where no row sees the token; or, IS_CODES, a `StoredTile`.
+template <int D, bool IS_CODES>
 struct TileRing {
     static constexpr int STRIDE = D + PADDING;
     static constexpr int TILE_BYTES = TILE * STRIDE * 2;
@@ -123,10 +122,9 @@ struct TileRing {
     const Span& span;
     // Tokens that are read from pages end here.
     int memory_end;
-    // Where tiles become fp16 (keys, then values), unless they are already, and the stages.
     uint8_t* memory;
-    int fill_stage;
-    int use_stage;
+    // What is filled next, which is the oldest: once all have been filled, that in use.
+    int oldest;
     // What is copied next, and its page; past the last piece nothing is.
     int piece;
     int tile;
@@ -141,29 +139,24 @@ struct TileRing {
           span(span),
           memory_end(memory_end),
           memory(memory),
-          fill_stage(0),
-          use_stage(0),
+          oldest(0),
           piece(first_piece),
           tile(span.first_tile_of(first_piece)),
           page(queries.page(tile / PAGE_TILES)),
           piece_step(step) {}
 
-    __device__ __forceinline__ HeadLayout keys() const { return layout_of<IS_DIRECT>(args, false); }
-    __device__ __forceinline__ HeadLayout values() const { return layout_of<IS_DIRECT>(args, true); }
+    __device__ __forceinline__ HeadLayout keys() const { return layout_of<IS_CODES>(args, false); }
+    __device__ __forceinline__ HeadLayout values() const { return layout_of<IS_CODES>(args, true); }
 
     // Where values begin in a stage.
     __device__ __forceinline__ int values_offset() const {
-        return IS_DIRECT ? TILE_BYTES : TILE * (keys().vector_bytes() + keys().scale_bytes());
+        return IS_CODES ? StoredTile{keys()}.bytes() : TILE_BYTES;
     }
 
     // Bytes from `memory` on.
-    __device__ __forceinline__ int bytes() const {
-        return (IS_DIRECT ? 0 : 2 * TILE_BYTES) + args.slots * args.slot_bytes;
-    }
+    __device__ __forceinline__ int bytes() const { return args.slots * args.slot_bytes; }
 
-    __device__ __forceinline__ uint8_t* stage(int index) const {
-        return memory + (IS_DIRECT ? 0 : 2 * TILE_BYTES) + index * args.slot_bytes;
-    }
+    __device__ __forceinline__ uint8_t* stage() const { return memory + oldest * args.slot_bytes; }
 
     // Starts copying the next tile's keys to the next stage; its values must follow.
     __device__ __forceinline__ void fill_keys() const {
@@ -178,9 +171,13 @@ struct TileRing {
             advance();
         }
         commit_copies();
-        fill_stage = fill_stage + 1 == args.slots ? 0 : fill_stage + 1;
+        oldest = oldest + 1 == args.slots ? 0 : oldest + 1;
     }
 
+    // Waits for what the thread copies of the oldest stage.
+    __device__ __forceinline__ void wait() const { copies_wait(args.slots - 1); }
+
+private:
     // The page of what comes next is asked for long before it is needed.
     __device__ __forceinline__ void advance() {
         const int page_index = tile / PAGE_TILES;
@@ -196,30 +193,20 @@ struct TileRing {
     __device__ __forceinline__ void copy_half(HeadLayout layout, uint8_t* pages, int offset) const {
         const TileRows rows(span, memory_end, tile);
         const int token = tile % PAGE_TILES * TILE;
-        const uint8_t* block = head_page(pages, layout, args.kv_heads, page, queries.kv_head);
-        uint32_t to = shared_address(stage(fill_stage)) + offset;
-        if (!IS_DIRECT) {
-            copy_bytes(to, layout, block, token, rows.memory_end);
+        const int64_t block_index = int64_t(page) * args.kv_heads + queries.kv_head;
+        const uint32_t to = shared_address(stage()) + offset;
+        if (IS_CODES) {
+            const StoredTile stored = {layout};
+            copy_codes(to, stored, pages + block_index * stored.page_bytes(), token, rows.memory_end);
             return;
         }
+        const uint8_t* block = pages + block_index * layout.page_bytes();
         if (args.head_dim == D && rows.is_whole()) {
             copy_whole(to, block + token * D * 2);
-            return;
-        }
-        const int vector_bytes = args.head_dim * 2;
-        int row = threadIdx.x / UNITS;
-        const int unit = threadIdx.x % UNITS;
-        const uint8_t* from = block + (token + row) * vector_bytes + unit * 16;
-        const bool is_there = unit * 8 < args.head_dim;
-        to += (row * STRIDE + unit * 8) * 2;
-#pragma unroll 1
-        for (; row < rows.quarters * 16; row += PASS_ROWS) {
-            if (!rows.is_own(row)) {
-                const bool is_read = is_there && rows.is_seen(row);
-                copy_async(to, is_read ? from : block, is_read);
-            }
-            to += PASS_ROWS * STRIDE * 2;
-            from += PASS_ROWS * vector_bytes;
+        } else if (args.head_dim % 8 == 0) {
+            copy_rows<16>(to, block, token, rows);
+        } else {
+            copy_rows<4>(to, block, token, rows);
         }
     }
 
@@ -233,252 +220,62 @@ struct TileRing {
         }
     }
 
-    // Starts copying the bytes of a tile's tokens before `end`.
-    __device__ __forceinline__ void copy_bytes(uint32_t to, HeadLayout layout,
-                                               const uint8_t* block, int token, int end) const {
-        const int vector_bytes = layout.vector_bytes();
-        const int scale_bytes = layout.scale_bytes();
-        // A page's blocks and every TILE-th vector in them start at multiples of 16 bytes.
-        const uint8_t* vectors = block + token * vector_bytes;
-#pragma unroll 2
-        for (int at = threadIdx.x * 16; at < end * vector_bytes; at += ATTEND_THREADS * 16) {
-            copy_async(to + at, vectors + at, true);
+    // Any other, so many bytes a thread at a time.
+    template <int BYTES>
+    __device__ __forceinline__ void copy_rows(uint32_t to, const uint8_t* block, int token,
+                                              const TileRows& rows) const {
+        constexpr int UNITS_OF_ROW = D * 2 / BYTES;
+        constexpr int PASS = ATTEND_THREADS / UNITS_OF_ROW;
+        const int vector_bytes = args.head_dim * 2;
+        int row = threadIdx.x / UNITS_OF_ROW;
+        const int unit = threadIdx.x % UNITS_OF_ROW;
+        const uint8_t* from = block + (token + row) * vector_bytes + unit * BYTES;
+        const bool is_there = unit * BYTES < vector_bytes;
+        to += row * STRIDE * 2 + unit * BYTES;
+#pragma unroll 1
+        for (; row < rows.quarters * 16; row += PASS) {
+            if (!rows.is_own(row)) {
+                const bool is_read = is_there && rows.is_seen(row);
+                const uint8_t* read = is_read ? from : block;
+                if (BYTES == 16) {
+                    copy_async(to, read, is_read);
+                } else {
+                    copy_word_async(to, read, is_read);
+                }
+            }
+            to += PASS * STRIDE * 2;
+            from += PASS * vector_bytes;
         }
+    }
+
+    // Starts copying the codes and scales of a tile's tokens before `end`; the scales of others are zeros.
+    __device__ __forceinline__ void copy_codes(uint32_t to, StoredTile stored, const uint8_t* block,
+                                               int token, int end) const {
+        // Threads side by side over the 16 bytes of the longest row: D / 32 of four bits, or twice as many. By shifts: a
+        // choice between two numbers to divide by is a division.
+        constexpr int Q4_SHIFT = D == 64 ? 1 : D == 128 ? 2 : 3;
+        static_assert(D == 32 << Q4_SHIFT, "units of a row");
+        const int shift = Q4_SHIFT + (stored.layout.format == FORMAT_Q4 ? 0 : 1);
+        const int pass_rows = ATTEND_THREADS >> shift;
+        int row = int(threadIdx.x) >> shift;
+        const int at = (int(threadIdx.x) - (row << shift)) * 16;
+        const int vector_bytes = stored.vector_bytes();
+        const uint8_t* from = block + (token + row) * vector_bytes + at;
+        uint32_t place = to + row * stored.row_bytes() + at;
+        if (at >= vector_bytes) row = TILE;
+#pragma unroll 1
+        for (; row < end; row += pass_rows) {
+            copy_async(place, from);
+            place += pass_rows * stored.row_bytes();
+            from += pass_rows * vector_bytes;
+        }
+        // A page's scales of every TILE-th token start at multiples of 16 bytes.
+        const int scale_bytes = stored.scale_bytes();
         const uint8_t* scales = block + PAGE_TOKENS * vector_bytes + token * scale_bytes;
 #pragma unroll 1
-        for (int at = threadIdx.x * 16; at < end * scale_bytes; at += ATTEND_THREADS * 16) {
-            copy_async(to + TILE * vector_bytes + at, scales + at, true);
-        }
-    }
-
-    // The next tile's keys as fp16 [TILE, STRIDE]; the values follow them. All threads of the block
-    // call it together. `insert` writes rows that are not in the page. A stage that has been decoded
-    // is filled again.
-    template <typename Insert>
-    __device__ __forceinline__ __half* next(int tile_in_use, Insert insert) {
-        copies_wait(args.slots - 1);
-        uint8_t* slot = stage(use_stage);
-        use_stage = use_stage + 1 == args.slots ? 0 : use_stage + 1;
-        __half* rows = reinterpret_cast<__half*>(IS_DIRECT ? slot : memory);
-        if (!IS_DIRECT) {
-            __syncthreads();
-            const TileRows of_tile(span, memory_end, tile_in_use);
-            decode(slot, rows, keys(), of_tile);
-            decode(slot + values_offset(), rows + TILE_BYTES / 2, values(), of_tile);
-            // Rows that are not in the page have been written too.
-            if (of_tile.memory_end < of_tile.end) __syncthreads();
-        }
-        insert(rows);
-        __syncthreads();
-        if (!IS_DIRECT) {
-            fill_keys();
-            fill_values();
-        }
-        return rows;
-    }
-
-    // Makes rows of fp16 of quantised ones, a Word for eight elements. Several words are read before
-    // one is decoded: the compiler does not know that rows do not lie where they are read.
-    template <typename Word, typename Decode>
-    __device__ __forceinline__ void decode_words(const uint8_t* bytes, __half* rows,
-                                                 HeadLayout layout, const TileRows& of_tile,
-                                                 Decode decode_word) const {
-        constexpr int AHEAD = 2;
-        static_assert(TILE % (AHEAD * PASS_ROWS) == 0, "no row past the tile is read");
-        const int vector_bytes = layout.vector_bytes();
-        const int scale_bytes = layout.scale_bytes();
-        const int unit = threadIdx.x % UNITS;
-        const int last_unit = layout.head_dim / 8 - 1;
-        const int read = min(unit, last_unit);
-        const uint8_t* words = bytes + read * sizeof(Word);
-        const uint8_t* scales = bytes + TILE * vector_bytes + read / 4 * sizeof(__half);
-        rows += unit * 8;
-#pragma unroll 1
-        for (int row = threadIdx.x / UNITS; row < of_tile.quarters * 16;
-             row += AHEAD * PASS_ROWS) {
-            Word word[AHEAD];
-            __half scale[AHEAD];
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i) {
-                const int at = row + i * PASS_ROWS;
-                word[i] = *reinterpret_cast<const Word*>(words + at * vector_bytes);
-                scale[i] = *reinterpret_cast<const __half*>(scales + at * scale_bytes);
-            }
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i) {
-                const int at = row + i * PASS_ROWS;
-                uint4 elements = decode_word(word[i], scale[i]);
-                if (!of_tile.is_seen(at) || unit > last_unit) elements = {0, 0, 0, 0};
-                *reinterpret_cast<uint4*>(rows + at * STRIDE) = elements;
-            }
-        }
-    }
-
-    // Makes rows of fp16 of a stage's bytes; zeros where no row of the block sees the token.
-    __device__ __forceinline__ void decode(const uint8_t* bytes, __half* rows, HeadLayout layout,
-                                           const TileRows& of_tile) const {
-        if (layout.format == FORMAT_Q4) {
-            decode_words<uint32_t>(bytes, rows, layout, of_tile, [](uint32_t word, __half scale) {
-                return decode_q4(word, scale);
-            });
-            return;
-        }
-        if (layout.format == FORMAT_Q8) {
-            decode_words<uint2>(bytes, rows, layout, of_tile, [](uint2 word, __half scale) {
-                return decode_q8(word, scale);
-            });
-            return;
-        }
-        // fp16 heads of an even number of dimensions that is not a multiple of 8.
-#pragma unroll 1
-        for (int index = threadIdx.x; index < of_tile.quarters * 8 * D; index += ATTEND_THREADS) {
-            const int row = index / (D / 2);
-            const int pair = index % (D / 2);
-            const bool is_seen = of_tile.is_seen(row) && pair * 2 < layout.head_dim;
-            const uint8_t* vector = bytes + row * layout.vector_bytes();
-            reinterpret_cast<uint32_t*>(rows + row * STRIDE)[pair] =
-                is_seen ? reinterpret_cast<const uint32_t*>(vector)[pair] : 0;
-        }
-    }
-};
-
-// The heads that the step's row brings to a block: its query heads, then, where `count` says so, its
-// key and its value. A warp prepares every ATTEND_WARPS-th.
-template <int D, bool IS_DIRECT>
-struct RowHeads {
-    static constexpr int PARTS = D / GROUP;
-    static constexpr int STRIDE = D + PADDING;
-
-    const AttendArgs& args;
-    const StepHeads& heads;
-    const Queries& queries;
-    int count;
-    int lane;
-    RopePairs rope;
-    RowAngles<PARTS> angles;
-
-    __device__ __forceinline__ RowHeads(const AttendSplitArgs& all, const Queries& queries,
-                                        bool has_own)
-        : args(all.attend), heads(all.heads), queries(queries) {
-        count = queries.heads + (has_own ? 2 : 0);
-        lane = threadIdx.x % WARP_LANES;
-        rope = {heads.rope_style, heads.rope_pairs};
-        if (rope.style != ROPE_NONE) {
-            const int pairs = heads.angle_pairs;
-            const float* row = heads.angles + int64_t(queries.first_row) * 2 * pairs;
-            angles.load(row, pairs, rope, lane);
-        }
-    }
-
-    // Brings all of them to shared memory, f32 [count, head_dim].
-    __device__ __forceinline__ void load(float* staging) const {
-        const int head_pairs = args.head_dim / 2;
-        const int query_pairs = queries.heads * head_pairs;
-        const int pairs = count * head_pairs;
-        const int64_t row = queries.first_row;
-        const int64_t own = (row * args.kv_heads + queries.kv_head) * args.head_dim;
-        const float2* q = reinterpret_cast<const float2*>(
-            heads.queries + (row * args.heads + queries.first_head) * args.head_dim);
-        const float2* k = reinterpret_cast<const float2*>(heads.keys + own) - query_pairs;
-        const float2* v =
-            reinterpret_cast<const float2*>(heads.values + own) - query_pairs - head_pairs;
-        constexpr int AHEAD = 3;
-#pragma unroll 1
-        for (int first = threadIdx.x; first < pairs; first += AHEAD * ATTEND_THREADS) {
-            float2 loaded[AHEAD];
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i) {
-                const int at = first + i * ATTEND_THREADS;
-                const float2* from = at < query_pairs ? q : at < query_pairs + head_pairs ? k : v;
-                if (at < pairs) loaded[i] = __ldcg(from + at);
-            }
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i) {
-                const int at = first + i * ATTEND_THREADS;
-                if (at < pairs) reinterpret_cast<float2*>(staging)[at] = loaded[i];
-            }
-        }
-    }
-
-    // Queries go to `q`, fp16 [heads, STRIDE]; key and value to their page and to `fresh`.
-    __device__ __forceinline__ void prepare(float* staging, __half* q, __half (&fresh)[2][D]) {
-        const int head_dim = args.head_dim;
-#pragma unroll 1
-        for (int task = threadIdx.x / WARP_LANES; task < count; task += ATTEND_WARPS) {
-            float* head = staging + task * head_dim;
-            const bool is_query = task < queries.heads;
-            const bool is_value = task > queries.heads;
-            float x[PARTS];
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                const int element = part * GROUP + lane;
-                x[part] = element < head_dim ? head[element] : 0.0f;
-            }
-            if (!is_value) norm_and_rotate(x, head, is_query ? queries.first_head + task : -1);
-            const HeadLayout layout = layout_of<IS_DIRECT>(args, is_value);
-            if (layout.is_quantised()) {
-#pragma unroll
-                for (int part = 0; part < PARTS; ++part) {
-                    if (part * GROUP < head_dim) x[part] = rotate_group(x[part], lane);
-                }
-            }
-            if (is_query) {
-#pragma unroll
-                for (int part = 0; part < PARTS; ++part) {
-                    q[task * STRIDE + part * GROUP + lane] = limited_half(x[part]);
-                }
-                continue;
-            }
-            // From shared memory, so that one copy of the code that encodes serves all groups.
-            __syncwarp();
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                const int element = part * GROUP + lane;
-                if (element < head_dim) head[element] = x[part];
-            }
-            keep(head, layout, is_value, fresh[is_value ? 1 : 0]);
-        }
-    }
-
-private:
-    // `query_head` is below zero for the key.
-    __device__ __forceinline__ void norm_and_rotate(float (&x)[PARTS], float* head,
-                                                    int query_head) const {
-        const bool is_query = query_head >= 0;
-        const float* weights = is_query ? heads.query_weight : heads.key_weight;
-        if (weights != nullptr) {
-            const HeadNorm norm = {
-                weights + (is_query ? query_head : queries.kv_head) * args.head_dim,
-                is_query ? heads.query_epsilon : heads.key_epsilon,
-                is_query ? heads.query_norm : heads.key_norm};
-            normalize(x, norm, args.head_dim, lane);
-            __syncwarp();
-#pragma unroll
-            for (int part = 0; part < PARTS; ++part) {
-                const int element = part * GROUP + lane;
-                if (element < args.head_dim) head[element] = x[part];
-            }
-            __syncwarp();
-        }
-        if (rope.style != ROPE_NONE) rotate_pairs(x, head, angles, rope, lane);
-    }
-
-    // One block of the row's stores what all attend to.
-    __device__ __forceinline__ void keep(const float* head, HeadLayout layout, bool is_value,
-                                         __half* fresh) const {
-        const bool is_kept = args.head_tiles == 1 || blockIdx.y % args.head_tiles == 0;
-        uint8_t* page = head_page(is_value ? args.value_pages : args.key_pages, layout,
-                                  args.kv_heads, queries.home_page, queries.kv_head);
-        const int token = queries.first_position % PAGE_TOKENS;
-#pragma unroll 1
-        for (int part = 0; part < PARTS; ++part) {
-            const int element = part * GROUP + lane;
-            __half kept = __half();
-            if (part * GROUP < layout.head_dim) {
-                const float x = element < layout.head_dim ? head[element] : 0.0f;
-                kept = store_group(page, layout, token, part, x, lane, is_kept);
-            }
-            fresh[element] = kept;
+        for (int first = threadIdx.x * 16; first < TILE * scale_bytes; first += ATTEND_THREADS * 16) {
+            const int bytes = min(16, max(0, end * scale_bytes - first));
+            copy_part_async(to + stored.scales_at() + first, scales + first, bytes);
         }
     }
 };

@@ -2,6 +2,7 @@
 // those of all blocks that share a sequence, folded.
 #pragma once
 
+#include "rows.cuh"
 #include "split.cuh"
 
 namespace oxl {
@@ -226,7 +227,7 @@ struct FoldedResults {
 
 // Writes the results of all of the tile's query heads, four dimensions a lane. `then` follows the start of the first
 // copies.
-template <int D, bool IS_DIRECT, typename Results, typename Then>
+template <int D, bool IS_CODES, typename Results, typename Then>
 __device__ __forceinline__ void write_results(const AttendSplitArgs& all, const Queries& queries,
                                               const Results& results, const float* sums,
                                               Then then) {
@@ -256,7 +257,7 @@ __device__ __forceinline__ void write_results(const AttendSplitArgs& all, const 
         const float inverse = __fdiv_rn(1.0f, sum);
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = __fmul_rn(x[i], inverse);
-        if (layout_of<IS_DIRECT>(args, true).is_quantised()) rotate_four(x, lane);
+        if (layout_of<IS_CODES>(args, true).is_quantised()) rotate_four(x, lane);
         if (!is_there) continue;
         if (all.ordered_out != nullptr) {
             // Of a linear's order results are of one row.
@@ -274,21 +275,37 @@ __device__ __forceinline__ void write_results(const AttendSplitArgs& all, const 
     }
 }
 
+// Whether this block is the last of those that share a tile of rows to come here: it sees what all
+// have written.
+__device__ __forceinline__ bool is_last_sharer(const AttendArgs& args, int sharers,
+                                               int& is_last) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        int32_t* counter = args.counters + blockIdx.x * gridDim.y + blockIdx.y;
+        is_last = atomicAdd(counter, 1) == sharers - 1;
+        if (is_last) *counter = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return is_last != 0;
+}
+
 // Writes what warps have put into shared memory, f32 [HEADS_OF_WARP, RESULT_STRIDE], and its sums of weights.
-template <int D, bool IS_DIRECT>
+template <int D, bool IS_CODES>
 __device__ __forceinline__ void write_whole(const AttendSplitArgs& all, const Queries& queries,
                                             const uint8_t* memory, const float* sums) {
     const WholeResults<D> whole = {reinterpret_cast<const float*>(memory)};
-    write_results<D, IS_DIRECT>(all, queries, whole, sums, [] { __syncthreads(); });
+    write_results<D, IS_CODES>(all, queries, whole, sums, [] { __syncthreads(); });
 }
 
 // Writes what the parts of all pieces give, by way of so many bytes of shared memory; puts sums of weights there.
-template <int D, bool IS_DIRECT>
+template <int D, bool IS_CODES>
 __device__ __forceinline__ void write_folded(const AttendSplitArgs& all, const Queries& queries,
                                              int pieces, uint8_t* memory, int memory_bytes,
                                              float* sums) {
     const FoldedResults<D> folded(all.attend, queries, pieces, memory, memory_bytes);
-    write_results<D, IS_DIRECT>(all, queries, folded, sums, [&] {
+    write_results<D, IS_CODES>(all, queries, folded, sums, [&] {
         compute_factors(all.attend, queries, pieces, folded.factors, sums);
         __syncthreads();
     });

@@ -4,7 +4,8 @@ use oxllama_backend::quantised::GROUP;
 use oxllama_backend::{CacheShape, HeadLayout, PAGE_TOKENS, WorkspaceShape};
 use oxllama_memory::ElementFormat;
 
-use super::tiles::{BLOCK_HEADS, SPLIT_HEADS, TILE_TOKENS, block_heads, most_pieces};
+use super::THREADS;
+use super::tiles::{BLOCK_HEADS, MOST_PIECES, SPLIT_HEADS, TILE_TOKENS, block_heads, most_pieces};
 use crate::context::GpuInfo;
 use crate::step::aligned;
 
@@ -85,6 +86,9 @@ const RESERVED_SHARED_BYTES: usize = 1024;
 /// Elements by which a row in shared memory is longer than a head; `PADDING` in `attention.cuh`.
 const PADDING: usize = 8;
 
+/// Bytes by which rows of codes are longer than a vector; `ROW_PADDING_BYTES` in `codes.cuh`.
+const ROW_PADDING_BYTES: usize = 16;
+
 /// `SplitShared` of `attention_split.cu`.
 fn split_shared_bytes(padded_head_dim: usize) -> usize {
     896 + 4 * padded_head_dim
@@ -97,19 +101,15 @@ const MOST_SPLIT_BLOCKS: usize = 3;
 /// evenly to fewer blocks, which have more of them on their way.
 const SHARING_BLOCKS: usize = 2;
 
-/// The same where more blocks of fp16 are needed than would be held at once. Each has one stage alone and waits for its next
-/// tile, but a round of blocks less has to wait for others to end.
+/// The same where more blocks of fp16 are needed than would be held at once: each has one stage alone and waits for its next
+/// tile, but a round of blocks less has to wait for others to end; and of quantised heads, whose stages are small and whose
+/// instructions take longer than their bytes.
 const QUEUING_BLOCKS: usize = 4;
 
 /// `BLOCK_BYTES` of `walk.cuh`.
 const WALK_BLOCK_BYTES: usize = 128;
 
-/// Bytes of a tile of fp16 in shared memory.
-fn tile_bytes(padded_head_dim: usize) -> usize {
-    TILE_TOKENS * (padded_head_dim + PADDING) * 2
-}
-
-/// Whether tiles are used as they lie in pages; otherwise they are decoded to another place.
+/// Whether tiles of fp16 can be copied 16 bytes at a time.
 pub(super) fn is_direct(shape: &CacheShape) -> bool {
     [shape.key_layout(), shape.value_layout()]
         .into_iter()
@@ -129,7 +129,7 @@ pub(super) struct SplitMemory {
 impl SplitMemory {
     /// For blocks of `heads` query heads of one row that they prepare themselves, or of
     /// [`SPLIT_HEADS`] that are prepared, `blocks` of which a multiprocessor is to hold. `None`: the
-    /// GPU has too little shared memory, as those with 99 KiB a block have for decoded heads of more
+    /// GPU has too little shared memory, as those with 99 KiB a block have for fp16 heads of more
     /// than 128 dimensions.
     pub(super) fn of(
         shape: &CacheShape,
@@ -141,7 +141,13 @@ impl SplitMemory {
         let row = padded + PADDING;
         let queries = heads.unwrap_or(SPLIT_HEADS) * row * 2;
         let weights = SPLIT_HEADS * (TILE_TOKENS + PADDING) * 2;
-        let staging_at = split_shared_bytes(padded) + queries.max(weights).next_multiple_of(128);
+        // Weights take the place of fp16's queries.
+        let both = if shape.format.is_quantised() {
+            queries + weights
+        } else {
+            queries.max(weights)
+        };
+        let staging_at = split_shared_bytes(padded) + both.next_multiple_of(128);
         let staging = heads.map_or(0, |heads| (heads + 2) * padded * size_of::<f32>());
         let tiles_at = staging_at + staging.next_multiple_of(128);
         let limit = shared_limit(gpu);
@@ -195,7 +201,8 @@ impl Ring {
     }
 
     /// As many stages of the splitting kernel as leave room for `blocks` blocks, or for fewer blocks
-    /// of two stages ([`QUEUING_BLOCKS`] have one at least), or for one block of one stage.
+    /// of two stages ([`QUEUING_BLOCKS`] have one at least), or for one block of one stage; and for results where
+    /// the stages were.
     fn fit(
         shape: &CacheShape,
         padded: usize,
@@ -203,34 +210,43 @@ impl Ring {
         limit: usize,
         blocks: usize,
     ) -> Option<Self> {
-        let layouts = [shape.key_layout(), shape.value_layout()];
-        let tiles = 2 * tile_bytes(padded);
-        let stored =
-            |layout: HeadLayout| TILE_TOKENS * (layout.vector_bytes() + layout.scale_bytes());
-        let (slot_bytes, decoded) = if is_direct(shape) {
-            (tiles, 0)
-        } else {
-            (layouts.map(stored).into_iter().sum(), tiles)
+        let stored = |layout: HeadLayout| {
+            TILE_TOKENS * (layout.vector_bytes() + ROW_PADDING_BYTES + layout.scale_bytes())
         };
-        let rest = fixed + decoded;
+        let slot_bytes = if shape.format.is_quantised() {
+            stored(shape.key_layout()) + stored(shape.value_layout())
+        } else {
+            2 * TILE_TOKENS * (padded + PADDING) * 2
+        };
         let slots = |blocks: usize| {
             let share = if blocks == 1 {
                 limit
             } else {
                 (limit / blocks).saturating_sub(RESERVED_SHARED_BYTES)
             };
-            share.saturating_sub(rest) / slot_bytes
+            share.saturating_sub(fixed) / slot_bytes
         };
+        let least = results_bytes(padded).div_ceil(slot_bytes);
         let least_slots = |blocks| if blocks == QUEUING_BLOCKS { 1 } else { 2 };
         let mut most_first = (1..=blocks).rev();
-        let held = most_first.find(|&blocks| slots(blocks) >= least_slots(blocks));
+        let held = most_first.find(|&blocks| slots(blocks) >= least.max(least_slots(blocks)));
         let slots = slots(held.unwrap_or(1)).min(MOST_SLOTS);
-        (slots > 0).then_some(Self {
+        (slots >= least).then_some(Self {
             slots,
             slot_bytes,
-            shared_bytes: rest + slots * slot_bytes,
+            shared_bytes: fixed + slots * slot_bytes,
         })
     }
+}
+
+/// Bytes of a block's results, which lie where tiles did: of all query heads, or what folds the pieces of several blocks and
+/// four dimensions of one for every thread.
+fn results_bytes(padded: usize) -> usize {
+    /// `MOST_FOLDED` of `split_results.cuh`.
+    const MOST_FOLDED: usize = MOST_PIECES + 2;
+    let whole = SPLIT_HEADS * (padded + PADDING) * size_of::<f32>();
+    let factors = SPLIT_HEADS * MOST_FOLDED * 2 * size_of::<f32>();
+    whole.max(factors + THREADS * 4 * size_of::<f32>())
 }
 
 /// Shared memory that a block may have.
@@ -243,16 +259,21 @@ fn shared_limit(gpu: &GpuInfo) -> usize {
 fn blocks_of_multiprocessor(blocks: usize, cache: &CacheShape, gpu: &GpuInfo) -> usize {
     /// Of more dimensions two blocks take all registers.
     const MOST_QUEUING_DIMS: usize = 128;
-    if !is_direct(cache) {
-        return MOST_SPLIT_BLOCKS;
+    let most = if cache.head_dim > MOST_QUEUING_DIMS {
+        MOST_SPLIT_BLOCKS
+    } else {
+        QUEUING_BLOCKS
+    };
+    if cache.format.is_quantised() {
+        return most;
     }
     let each = blocks.div_ceil(gpu.multiprocessors);
     if each <= SHARING_BLOCKS {
         SHARING_BLOCKS
-    } else if each <= MOST_SPLIT_BLOCKS || cache.head_dim > MOST_QUEUING_DIMS {
+    } else if each <= MOST_SPLIT_BLOCKS {
         MOST_SPLIT_BLOCKS
     } else {
-        QUEUING_BLOCKS
+        most
     }
 }
 
@@ -365,7 +386,6 @@ pub(super) fn is_whole(shape: &CacheShape) -> bool {
 mod tests {
     use oxllama_memory::{Bytes, CacheFormat, DeviceId};
 
-    use super::super::THREADS;
     use super::*;
 
     fn gpu(multiprocessors: usize, shared_per_block: usize) -> GpuInfo {
@@ -426,18 +446,15 @@ mod tests {
                     let padded = PADDED_HEAD_DIMS[head_dim_index(head_dim).unwrap()];
                     let split = |(heads, blocks)| {
                         let memory = SplitMemory::of(&cache, padded, heads, blocks, &gpu)?;
-                        // Results lie where tiles did, or what folds them and a piece for every thread.
-                        let results = SPLIT_HEADS * (padded + PADDING) * size_of::<f32>();
-                        let factors = SPLIT_HEADS * most_pieces(1 << 20) * 2 * size_of::<f32>();
-                        let needed = results.max(factors + THREADS * 4 * size_of::<f32>());
-                        assert!(needed <= memory.ring.shared_bytes - memory.tiles_at);
+                        let stages = memory.ring.shared_bytes - memory.tiles_at;
+                        assert!(results_bytes(padded) <= stages);
                         Some(memory.ring)
                     };
                     let heads = [None, Some(1), Some(SPLIT_HEADS)];
                     let rings =
                         heads.map(|heads| [1, 2, 3, 4].map(|blocks| split((heads, blocks))));
                     let rings = rings.as_flattened();
-                    let is_large = padded == 256 && !is_direct(&cache);
+                    let is_large = padded == 256 && format == CacheFormat::F16;
                     assert!(rings.iter().all(Option::is_some) || is_large && shared == ADA_SHARED);
                     let walk = Ring::walk(&cache, padded, &gpu);
                     assert!(walk.is_some(), "{cache:?} in {shared}");
@@ -478,7 +495,7 @@ mod tests {
             [264, 265, 396, 397].map(|blocks| of(blocks, fp16)),
             [2, 3, 3, 4]
         );
-        assert_eq!([264, 397].map(|blocks| of(blocks, q4)), [3, 3]);
+        assert_eq!([1, 397].map(|blocks| of(blocks, q4)), [4, 4]);
         assert_eq!(of(397, cache(256, CacheFormat::F16)), 3);
         for padded in [64, 128] {
             let cache = cache(padded, CacheFormat::F16);

@@ -61,7 +61,8 @@ pub(crate) struct AttentionKernels {
     /// For heads up to [`SHORT_HEAD_DIM`], and longer ones.
     cache: [Kernel; 2],
     split: [Kernel; 3],
-    direct: [Kernel; 3],
+    /// The same over quantised pages.
+    codes: [Kernel; 3],
     walk: [Kernel; 3],
     /// For heads up to 64 and 128 dimensions of fp16, where there are such kernels.
     groups: Option<[Kernel; 2]>,
@@ -85,10 +86,10 @@ impl AttentionKernels {
                 split("oxl_attend_split_128")?,
                 split("oxl_attend_split_256")?,
             ],
-            direct: [
-                split("oxl_attend_direct_64")?,
-                split("oxl_attend_direct_128")?,
-                split("oxl_attend_direct_256")?,
+            codes: [
+                split("oxl_attend_codes_64")?,
+                split("oxl_attend_codes_128")?,
+                split("oxl_attend_codes_256")?,
             ],
             walk: [
                 walk("oxl_attend_walk_64")?,
@@ -448,8 +449,8 @@ impl CudaDevice {
             unused: 0,
         };
         let kernels = &self.kernels().attention;
-        let of_format = if is_direct(&extents.cache) {
-            &kernels.direct
+        let of_format = if extents.cache.format.is_quantised() {
+            &kernels.codes
         } else {
             &kernels.split
         };

@@ -9,7 +9,7 @@ use oxllama_backend::{PAGE_TOKENS, StepBatch};
 pub(super) const TILE_TOKENS: usize = 64;
 
 /// `MOST_PIECES` in `attention.cuh`.
-const MOST_PIECES: usize = 64;
+pub(super) const MOST_PIECES: usize = 64;
 
 /// Query heads of rows that a block of the splitting kernel takes; `HEADS_OF_WARP` in
 /// `attention.cuh`.
