@@ -100,18 +100,16 @@ __device__ __forceinline__ void load_a(uint32_t (&a)[4], const __half* rows, int
     load_blocks(a, shared_address(rows + row * stride + column + lane / 16 * 8));
 }
 
-// The b operands of two neighbouring products whose 16 columns are rows of a tile of keys.
-__device__ __forceinline__ void load_keys(uint32_t (&b)[4], const __half* tile, int stride,
-                                          int token, int dimension, int lane) {
-    const int row = token + lane / 16 * 8 + lane % 8;
-    load_blocks(b, shared_address(tile + row * stride + dimension + lane / 8 % 2 * 8));
+// Where lanes name rows, of `stride` elements from `first` on, for the b operands of two neighbouring products: `load_blocks`
+// from here, and 32 bytes further for the next 16 dimensions, of keys whose 16 rows are columns;
+__device__ __forceinline__ uint32_t place_of_keys(const __half* first, int stride, int lane) {
+    const int row = lane / 16 * 8 + lane % 8;
+    return shared_address(first + row * stride + lane / 8 % 2 * 8);
 }
 
-// The b operands of two neighbouring products whose 16 columns are dimensions of values.
-__device__ __forceinline__ void load_values(uint32_t (&b)[4], const __half* tile, int stride,
-                                            int token, int dimension, int lane) {
-    const int row = token + lane % 16;
-    load_blocks_transposed(b, shared_address(tile + row * stride + dimension + lane / 16 * 8));
+// `load_blocks_transposed` from here, and 16 rows further for the next 16 tokens, of values whose 16 dimensions are columns.
+__device__ __forceinline__ uint32_t place_of_values(const __half* first, int stride, int lane) {
+    return shared_address(first + lane % 16 * stride + lane / 16 * 8);
 }
 
 // --- The arithmetic of a row. ---
@@ -304,36 +302,12 @@ struct LaneStates {
     RowState rows[2];
 };
 
-// Adds the tile's parts of 16 dimensions, sum over tokens of weight * value, to what is kept. No
-// row sees tokens past the first `quarters` 16: their weights are zeros, which add nothing.
-__device__ __forceinline__ void fold_values(float (&kept)[2][4], const uint32_t (&weights)[4][4],
-                                            const __half* values, int stride, int dimension,
-                                            int quarters, const FoldFactors (&factors)[2],
-                                            int lane) {
-    float part[2][4] = {};
-#pragma unroll
-    for (int step = 0; step < TILE / 16; ++step) {
-        if (step >= quarters) break;
-        uint32_t b[4];
-        load_values(b, values, stride, step * 16, dimension, lane);
-        multiply_add(part[0], weights[step], b[0], b[1]);
-        multiply_add(part[1], weights[step], b[2], b[3]);
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) kept[n][i] = fold(kept[n][i], part[n][i], factors[i / 2]);
-    }
-}
-
 // The sums of the rows' weights: products with ones, in the order of the values' sums.
 __device__ __forceinline__ void sum_weights(RowState (&part)[2],
-                                            const uint32_t (&weights)[4][4], int quarters) {
+                                            const uint32_t (&weights)[4][4]) {
     float sums[4] = {};
 #pragma unroll
-    for (int step = 0; step < TILE / 16; ++step) {
-        if (step < quarters) multiply_add(sums, weights[step], ONES, ONES);
-    }
+    for (int step = 0; step < TILE / 16; ++step) multiply_add(sums, weights[step], ONES, ONES);
     part[0].sum = sums[0];
     part[1].sum = sums[2];
 }

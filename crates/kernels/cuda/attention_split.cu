@@ -51,43 +51,52 @@ struct SplitBlock {
     __half* shared_weights;
     int warp;
     int lane;
-    // The lane's queries where they lie, or, unless tiles are codes, what is there.
+    // Where the lane's row of queries begins, and, unless tiles are codes, what is there.
     uint32_t query_place;
     uint32_t q[IS_CODES ? 1 : D / 16][4];
 
+    // Over so many rows of queries, fp16 [query_rows, STRIDE].
     __device__ __forceinline__ SplitBlock(const AttendArgs& args, const Queries& queries,
                                           const Span& span,
-                                          SplitShared<D, IS_CODES>& shared,
-                                          __half* shared_weights)
+                                          SplitShared<D, IS_CODES>& shared, __half* query_rows,
+                                          int rows)
         : args(args),
           queries(queries),
           span(span),
           shared(shared),
-          shared_weights(shared_weights) {
+          shared_weights(query_rows + (IS_CODES ? rows * STRIDE : 0)) {
         warp = threadIdx.x / WARP_LANES;
         lane = threadIdx.x % WARP_LANES;
+        // The last row stands for those that there are not.
+        const int row = min(lane % 16, rows - 1);
+        query_place = shared_address(query_rows + row * STRIDE + lane / 16 * 8);
     }
 
-    // From fp16 [rows, STRIDE] in shared memory; the last row stands for those that there are not.
-    __device__ __forceinline__ void take_queries(const __half* from, int rows) {
-        query_place = shared_address(from + min(lane % 16, rows - 1) * STRIDE + lane / 16 * 8);
+    // Once the queries are there.
+    __device__ __forceinline__ void take_queries() {
         if (IS_CODES) return;
 #pragma unroll
         for (int step = 0; step < D / 16; ++step) load_blocks(q[step], query_place + step * 32);
     }
 
+    __device__ __forceinline__ void begin_piece(LaneStates& states,
+                                                float (&kept)[PAIRS][2][4]) const {
+        states = {{nothing_seen(), nothing_seen()}};
+#pragma unroll
+        for (int i = 0; i < PAIRS * 8; ++i) kept[i / 8][i / 4 % 2][i % 4] = 0.0f;
+    }
+
     // Products of all heads with the keys of the warp's 16 tokens.
     __device__ __forceinline__ void multiply_keys(float (&s)[2][4], const uint8_t* keys) const {
         if constexpr (!IS_CODES) {
-            const __half* rows = reinterpret_cast<const __half*>(keys);
+            const __half* rows = reinterpret_cast<const __half*>(keys) + warp * 16 * STRIDE;
+            const uint32_t place = place_of_keys(rows, STRIDE, lane);
 #pragma unroll
             for (int step = 0; step < D / 16; ++step) {
-                if (step * 16 < args.head_dim) {
-                    uint32_t b[4];
-                    load_keys(b, rows, STRIDE, warp * 16, step * 16, lane);
-                    multiply_add(s[0], q[step], b[0], b[1]);
-                    multiply_add(s[1], q[step], b[2], b[3]);
-                }
+                uint32_t b[4];
+                load_blocks(b, place + step * 32);
+                multiply_add(s[0], q[step], b[0], b[1]);
+                multiply_add(s[1], q[step], b[2], b[3]);
             }
         } else if (args.key_format == FORMAT_Q4) {
             multiply_codes<FORMAT_Q4>(s, keys);
@@ -225,20 +234,30 @@ struct SplitBlock {
     __device__ __forceinline__ void fold_halves(float (&kept)[PAIRS][2][4], LaneStates& states,
                                                 RowState (&part)[2], const __half* values,
                                                 int quarters) const {
-        uint32_t weights[4][4] = {};
+        const uint32_t place = place_of_values(values + warp * PAIRS * 16, STRIDE, lane);
+        float sums[4] = {};
+        float products[PAIRS][2][4] = {};
+#pragma unroll 2
+        for (int step = 0; step < quarters; ++step) {
+            uint32_t weights[4];
+            take_weights(weights, step);
+            multiply_add(sums, weights, ONES, ONES);
 #pragma unroll
-        for (int step = 0; step < TILE / 16; ++step) {
-            if (step < quarters) take_weights(weights[step], step);
+            for (int pair = 0; pair < PAIRS; ++pair) {
+                uint32_t b[4];
+                load_blocks_transposed(b, place + step * 16 * STRIDE * 2 + pair * 32);
+                multiply_add(products[pair][0], weights, b[0], b[1]);
+                multiply_add(products[pair][1], weights, b[2], b[3]);
+            }
         }
-        sum_weights(part, weights, quarters);
-        FoldFactors factors[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) factors[i] = fold_state(states.rows[i], part[i]);
+        for (int i = 0; i < 2; ++i) {
+            part[i].sum = sums[2 * i];
+            const FoldFactors factors = fold_state(states.rows[i], part[i]);
 #pragma unroll
-        for (int pair = 0; pair < PAIRS; ++pair) {
-            const int dimension = (warp * PAIRS + pair) * 16;
-            if (dimension < args.head_dim) {
-                fold_values(kept[pair], weights, values, STRIDE, dimension, quarters, factors, lane);
+            for (int at = 0; at < PAIRS * 4; ++at) {
+                float& whole = kept[at / 4][at / 2 % 2][2 * i + at % 2];
+                whole = fold(whole, products[at / 4][at / 2 % 2][2 * i + at % 2], factors);
             }
         }
     }
@@ -441,9 +460,9 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
                                 is_fresh ? queries.first_position : span.end_token,
                                 dynamic_shared + all.tiles_at, first_piece, share.sharers);
     const int query_rows = is_fresh ? queries.heads : HEADS_OF_WARP;
-    Block block(args, queries, span, shared, IS_CODES ? q + query_rows * Block::STRIDE : q);
-    LaneStates states = {{nothing_seen(), nothing_seen()}};
-    float kept[Block::PAIRS][2][4] = {};
+    Block block(args, queries, span, shared, q, query_rows);
+    LaneStates states;
+    float kept[Block::PAIRS][2][4];
     int piece = first_piece;
     int tile = span.first_tile_of(piece);
     // The first turns only start copies, and all of them one that is needed later.
@@ -454,7 +473,8 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
         if (turn < 0) continue;
         if (turn == 0) {
             prepare_queries<D, IS_CODES>(all, queries, has_own, shared.fresh, q, places);
-            block.take_queries(q, query_rows);
+            block.take_queries();
+            block.begin_piece(states, kept);
         }
         ring.wait();
         complete_tile(queries, span, tile, is_fresh && tile == span.last_tile, shared.fresh, ring);
@@ -474,9 +494,7 @@ __device__ __forceinline__ void attend_split(const AttendSplitArgs& all) {
         } else {
             block.write_piece(written, states, kept);
         }
-        states = {{nothing_seen(), nothing_seen()}};
-#pragma unroll
-        for (int i = 0; i < Block::PAIRS * 8; ++i) kept[i / 8][i / 4 % 2][i % 4] = 0.0f;
+        block.begin_piece(states, kept);
     }
 
     uint8_t* memory = dynamic_shared + all.tiles_at;

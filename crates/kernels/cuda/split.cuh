@@ -89,14 +89,10 @@ struct TileRows {
     int end;
     // Tokens from here on are not in the page: the block has them itself.
     int memory_end;
-    // Parts of 16 tokens that are looked at.
-    int quarters;
-
     __device__ __forceinline__ TileRows(const Span& span, int memory_end, int tile) {
         first = span.first_token - tile * TILE;
         end = min(TILE, span.end_token - tile * TILE);
         this->memory_end = min(TILE, memory_end - tile * TILE);
-        quarters = (end + 15) / 16;
     }
 
     // Whether all rows are in the page, and seen.
@@ -220,7 +216,8 @@ private:
         }
     }
 
-    // Any other, so many bytes a thread at a time.
+    // Any other, so many bytes a thread at a time: zeros for what is not there or not seen, since all dimensions of every 16
+    // tokens are multiplied.
     template <int BYTES>
     __device__ __forceinline__ void copy_rows(uint32_t to, const uint8_t* block, int token,
                                               const TileRows& rows) const {
@@ -233,7 +230,7 @@ private:
         const bool is_there = unit * BYTES < vector_bytes;
         to += row * STRIDE * 2 + unit * BYTES;
 #pragma unroll 1
-        for (; row < rows.quarters * 16; row += PASS) {
+        for (; row < (rows.end + 15) / 16 * 16; row += PASS) {
             if (!rows.is_own(row)) {
                 const bool is_read = is_there && rows.is_seen(row);
                 const uint8_t* read = is_read ? from : block;

@@ -114,7 +114,7 @@ __device__ __forceinline__ void weigh_scores(const float (&s)[TILE / 8][4], RowS
             weights[step][i] = weights_of(four[2 * half], four[2 * half + 1], bases[half]);
         }
     }
-    sum_weights(part, weights, TILE / 16);
+    sum_weights(part, weights);
 }
 
 // The keys or the values of one kv head: where they are, and how they become tiles.
