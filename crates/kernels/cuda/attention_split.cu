@@ -74,9 +74,10 @@ struct SplitBlock {
 
     // Once the queries are there.
     __device__ __forceinline__ void take_queries() {
-        if (IS_CODES) return;
+        if constexpr (!IS_CODES) {
 #pragma unroll
-        for (int step = 0; step < D / 16; ++step) load_blocks(q[step], query_place + step * 32);
+            for (int step = 0; step < D / 16; ++step) load_blocks(q[step], query_place + step * 32);
+        }
     }
 
     __device__ __forceinline__ void begin_piece(LaneStates& states,
