@@ -100,14 +100,15 @@ __device__ __forceinline__ void load_a(uint32_t (&a)[4], const __half* rows, int
     load_blocks(a, shared_address(rows + row * stride + column + lane / 16 * 8));
 }
 
-// Where lanes name rows, of `stride` elements from `first` on, for the b operands of two neighbouring products: `load_blocks`
-// from here, and 32 bytes further for the next 16 dimensions, of keys whose 16 rows are columns;
+// The row that a lane names for the b operands of two neighbouring products whose 16 columns are keys: those from `first`
+// on, of `stride` elements. `load_blocks` from here, and 32 bytes further for the next 16 dimensions.
 __device__ __forceinline__ uint32_t place_of_keys(const __half* first, int stride, int lane) {
     const int row = lane / 16 * 8 + lane % 8;
     return shared_address(first + row * stride + lane / 8 % 2 * 8);
 }
 
-// `load_blocks_transposed` from here, and 16 rows further for the next 16 tokens, of values whose 16 dimensions are columns.
+// The same where the columns are 16 dimensions of values: `load_blocks_transposed` from here, and 16 rows further for
+// the next 16 tokens.
 __device__ __forceinline__ uint32_t place_of_values(const __half* first, int stride, int lane) {
     return shared_address(first + lane % 16 * stride + lane / 16 * 8);
 }

@@ -9,6 +9,8 @@
 // elsewhere: each block norms and rotates its query heads; the one that has the row's own token among
 // its pieces norms, rotates and stores its key and value, and attends to them as they will be read
 // back. All else that a block reads is older than the step and on its way before the wait.
+//
+// Quantised tiles stay codes in shared memory, which lanes make operands of (codes.cuh).
 #include "split_rows.cuh"
 
 namespace {

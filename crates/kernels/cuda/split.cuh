@@ -89,6 +89,7 @@ struct TileRows {
     int end;
     // Tokens from here on are not in the page: the block has them itself.
     int memory_end;
+
     __device__ __forceinline__ TileRows(const Span& span, int memory_end, int tile) {
         first = span.first_token - tile * TILE;
         end = min(TILE, span.end_token - tile * TILE);
@@ -118,6 +119,7 @@ struct TileRing {
     const Span& span;
     // Tokens that are read from pages end here.
     int memory_end;
+    // The stages.
     uint8_t* memory;
     // What is filled next, which is the oldest: once all have been filled, that in use.
     int oldest;

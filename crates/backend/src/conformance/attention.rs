@@ -104,6 +104,7 @@ fn table() -> Vec<(String, AttentionCase)> {
         (6, 1),
         (14, 2),
         (8, 1),
+        (20, 1),
     ] {
         add(
             "groups",
@@ -112,6 +113,13 @@ fn table() -> Vec<(String, AttentionCase)> {
     }
     for head_dim in [32, 64, 80, 96, 128, 256] {
         add("head", AttentionCase::new(4, 2, head_dim, &[3, 37]));
+    }
+    // Vectors of fp16 that do not begin at multiples of 16 bytes.
+    for head_dim in [36, 130] {
+        add(
+            "uneven head",
+            AttentionCase::new(4, 2, head_dim, &[3, 37, 70]),
+        );
     }
     add(
         "page borders",

@@ -77,7 +77,7 @@ pub(super) struct Ring {
     pub(super) shared_bytes: usize,
 }
 
-/// Most stages of a ring: more tiles than a block takes on alone need not be on their way.
+/// Most stages of a ring: more tiles than a block takes on alone need not be on their way. `copies_wait` counts no more.
 const MOST_SLOTS: usize = 4;
 
 /// What the driver keeps of a multiprocessor's shared memory for each block.
@@ -110,7 +110,7 @@ const QUEUING_BLOCKS: usize = 4;
 const WALK_BLOCK_BYTES: usize = 128;
 
 /// Whether tiles of fp16 can be copied 16 bytes at a time.
-pub(super) fn is_direct(shape: &CacheShape) -> bool {
+pub(super) fn is_fp16_in_units(shape: &CacheShape) -> bool {
     [shape.key_layout(), shape.value_layout()]
         .into_iter()
         .all(|layout| layout.format == ElementFormat::F16 && layout.head_dim.is_multiple_of(8))

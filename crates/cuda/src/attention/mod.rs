@@ -31,7 +31,7 @@ use crate::step::{CudaWorkspace, StepInputs};
 use arguments::{AttendArgs, AttendExactArgs, AttendSplitArgs, CacheArgs, StepHeads};
 use launch::{
     HeadTiles, PADDED_HEAD_DIMS, Ring, ScratchLayout, SplitGrid, SplitMemory, format_number,
-    head_dim_index, is_direct, is_whole, score_factors,
+    head_dim_index, is_fp16_in_units, is_whole, score_factors,
 };
 use tiles::SPLIT_HEADS;
 pub(crate) use tiles::{Tile, Tiles};
@@ -478,7 +478,7 @@ impl CudaDevice {
         scratch: &AttentionScratch,
     ) -> Result<(), DeviceError> {
         let kernels = &self.kernels().attention;
-        let groups = kernels.groups.filter(|_| is_direct(&extents.cache));
+        let groups = kernels.groups.filter(|_| is_fp16_in_units(&extents.cache));
         let groups = groups.and_then(|groups| groups.get(extents.index).copied());
         let heads = HeadTiles::of(extents.group(), scratch.tiles.block_heads());
         let blocks = tiles.len() * extents.cache.kv_heads * heads.head_tiles;
