@@ -239,7 +239,7 @@ struct SplitBlock {
                                                 int quarters) const {
         const uint32_t place = place_of_values(values + warp * PAIRS * 16, STRIDE, lane);
         float sums[4] = {};
-        float products[PAIRS][2][4] = {};
+        float products[2 * PAIRS][4] = {};
 #pragma unroll 2
         for (int step = 0; step < quarters; ++step) {
             uint32_t weights[4];
@@ -249,20 +249,11 @@ struct SplitBlock {
             for (int pair = 0; pair < PAIRS; ++pair) {
                 uint32_t b[4];
                 load_blocks_transposed(b, place + step * 16 * STRIDE * 2 + pair * 32);
-                multiply_add(products[pair][0], weights, b[0], b[1]);
-                multiply_add(products[pair][1], weights, b[2], b[3]);
+                multiply_add(products[2 * pair], weights, b[0], b[1]);
+                multiply_add(products[2 * pair + 1], weights, b[2], b[3]);
             }
         }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            part[i].sum = sums[2 * i];
-            const FoldFactors factors = fold_state(states.rows[i], part[i]);
-#pragma unroll
-            for (int at = 0; at < PAIRS * 4; ++at) {
-                float& whole = kept[at / 4][at / 2 % 2][2 * i + at % 2];
-                whole = fold(whole, products[at / 4][at / 2 % 2][2 * i + at % 2], factors);
-            }
-        }
+        fold_products(kept, states, part, sums, products);
     }
 
     // The same of codes: product j has dimension j of each column. One loop of few instructions, since most launches have
@@ -303,13 +294,21 @@ struct SplitBlock {
             codes += 16 * row_bytes;
             scales += 16 * scale_bytes;
         }
+        fold_products(kept, states, part, sums, products);
+    }
+
+    // Folds a tile's sums of weights, and their products with values, into the piece.
+    __device__ __forceinline__ void fold_products(float (&kept)[PAIRS][2][4], LaneStates& states,
+                                                  RowState (&part)[2], const float (&sums)[4],
+                                                  const float (&products)[2 * PAIRS][4]) const {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            if (i == 1 && !has_upper()) break;
+            // fp16 folds all sixteen rows, as it was measured.
+            if (IS_CODES && i == 1 && !has_upper()) break;
             part[i].sum = sums[2 * i];
             const FoldFactors factors = fold_state(states.rows[i], part[i]);
 #pragma unroll
-            for (int j = 0; j < COLUMN; ++j) {
+            for (int j = 0; j < 2 * PAIRS; ++j) {
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
                     float& whole = kept[j / 2][j % 2][2 * i + n];

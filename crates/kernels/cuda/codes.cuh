@@ -1,8 +1,5 @@
 // Tiles of quantised keys and values in shared memory, and the operands that a lane makes of their codes in registers
 // (attention_split.cu): bit for bit what `scaled_pair` makes of them.
-//
-// A code below the bits of 1024, at bit f of a half, is 1024 + code 2^f: brought down to code - zero by one operation, exactly,
-// then scaled and rounded by another.
 #pragma once
 
 #include "attention.cuh"
@@ -32,36 +29,18 @@ struct StoredTile {
 };
 static_assert(GROUP == 32 && FORMAT_Q4 == FORMAT_Q8 + 1, "the shifts above");
 
-constexpr uint32_t ABOVE_CODES = 0x64006400u;
-
-// Codes of four bits, at the halves' lowest bits.
-__device__ __forceinline__ uint32_t scaled_low(uint32_t codes, uint32_t scales) {
-    constexpr uint32_t MINUS_1032 = 0xe408e408u;
-    const uint32_t biased = masked_beside(codes, 0x000f000fu, ABOVE_CODES);
-    return times(add(biased, MINUS_1032), scales);
-}
-
-// At the next four bits.
-__device__ __forceinline__ uint32_t scaled_high(uint32_t codes, uint32_t scales) {
-    constexpr uint32_t SIXTEENTH = 0x2c002c00u;
-    constexpr uint32_t MINUS_72 = 0xd480d480u;
-    const uint32_t biased = masked_beside(codes, 0x00f000f0u, ABOVE_CODES);
-    return times(times_plus(biased, SIXTEENTH, MINUS_72), scales);
-}
-
-// At the lowest of the low half, and at the next of the high half.
-__device__ __forceinline__ uint32_t scaled_low_and_high(uint32_t codes, uint32_t scales) {
-    constexpr uint32_t ONE_AND_SIXTEENTH = 0x2c003c00u;
-    constexpr uint32_t MINUS_1032_AND_72 = 0xd480e408u;
-    const uint32_t biased = masked_beside(codes, 0x00f0000fu, ABOVE_CODES);
-    return times(times_plus(biased, ONE_AND_SIXTEENTH, MINUS_1032_AND_72), scales);
-}
-
-// Codes of eight bits, in the halves' low bytes.
-__device__ __forceinline__ uint32_t scaled_byte(uint32_t codes, uint32_t scales) {
-    constexpr uint32_t MINUS_1152 = 0xe480e480u;
-    const uint32_t biased = masked_beside(codes, 0x00ff00ffu, ABOVE_CODES);
-    return times(add(biased, MINUS_1152), scales);
+// A code of BITS bits at bit LOW of the low half and one at bit HIGH of the high half, less their zero point, times their
+// scales: rounded once.
+template <int BITS, int LOW, int HIGH>
+__device__ __forceinline__ uint32_t scaled_codes(uint32_t codes, uint32_t scales) {
+    constexpr uint32_t FIELD = (1u << BITS) - 1;
+    constexpr uint32_t ZERO = 1u << (BITS - 1);
+    constexpr uint32_t OFFSET =
+        (magic_offset(LOW, ZERO) & 0xffff) | (magic_offset(HIGH, ZERO) & 0xffff0000);
+    const uint32_t biased = masked_beside(codes, FIELD << LOW | FIELD << (16 + HIGH), MAGIC);
+    if constexpr (LOW == 0 && HIGH == 0) return times(add(biased, OFFSET), scales);
+    constexpr uint32_t DOWN = (15u - LOW) << 10 | (15u - HIGH) << 26;
+    return times(times_plus(biased, DOWN, OFFSET), scales);
 }
 
 // What lane (g, t) needs of the key of its column g for GROUP dimensions: the b operands of two products, the first of
@@ -84,13 +63,13 @@ struct KeyOperands {
         for (int step = 0; step < 2; ++step) {
             if constexpr (FORMAT == FORMAT_Q4) {
                 const uint32_t both = __byte_perm(words[2 * step], words[2 * step + 1], selector);
-                b[step][0] = scaled_low_and_high(both, scales);
-                b[step][1] = scaled_low_and_high(both >> 8, scales);
+                b[step][0] = scaled_codes<4, 0, 4>(both, scales);
+                b[step][1] = scaled_codes<4, 0, 4>(both >> 8, scales);
             } else {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const uint32_t* eight = words + 4 * step + 2 * i;
-                    b[step][i] = scaled_byte(__byte_perm(eight[0], eight[1], selector), scales);
+                    b[step][i] = scaled_codes<8, 0, 0>(__byte_perm(eight[0], eight[1], selector), scales);
                 }
             }
         }
@@ -121,14 +100,14 @@ struct ValuePairs {
                 const uint32_t four =
                     __byte_perm(first[0], second[0], j < 4 ? 0x5410 : 0x7632);
                 const uint32_t two = j % 4 == 0 ? four : four >> 8;
-                pairs[j] = scaled_low(two, scales);
-                pairs[j + 1] = scaled_high(two, scales);
+                pairs[j] = scaled_codes<4, 0, 0>(two, scales);
+                pairs[j + 1] = scaled_codes<4, 4, 4>(two, scales);
             }
         } else {
 #pragma unroll
             for (int j = 0; j < COUNT; ++j) {
                 const uint32_t selector = 0x0400u + 0x1111u * (j % 4);
-                pairs[j] = scaled_byte(__byte_perm(first[j / 4], second[j / 4], selector), scales);
+                pairs[j] = scaled_codes<8, 0, 0>(__byte_perm(first[j / 4], second[j / 4], selector), scales);
             }
         }
     }

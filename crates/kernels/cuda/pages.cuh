@@ -7,7 +7,7 @@
 // [PAGE_TOKENS, head_dim / GROUP].
 #pragma once
 
-#include "common.cuh"
+#include "magic.cuh"
 
 namespace oxl {
 
@@ -41,11 +41,16 @@ struct HeadLayout {
     }
 };
 
-// The block of `head` in `page`.
+// Which of all pages' blocks is that of `head` in `page`.
+__device__ __forceinline__ int64_t head_block(int kv_heads, uint32_t page, int head) {
+    return int64_t(page) * kv_heads + head;
+}
+
+// Where it begins.
 template <typename Byte>
 __device__ __forceinline__ Byte* head_page(Byte* pages, HeadLayout layout, int kv_heads,
                                            uint32_t page, int head) {
-    return pages + (int64_t(page) * kv_heads + head) * layout.page_bytes();
+    return pages + head_block(kv_heads, page, head) * layout.page_bytes();
 }
 
 // The lane's element of H x, where lane i holds x[i]: sums of pairs at distance 1, 2, 4, 8, 16,
@@ -161,9 +166,9 @@ __device__ __forceinline__ __half store_group(uint8_t* page, HeadLayout layout, 
 }
 
 // Eight codes with their scale as eight fp16 numbers in their order: code times scale, rounded
-// once. `offset` is half2(1024 + 2^(bits - 1)): 0x6400 above a code makes the number 1024 + code.
+// once. `offset` is half2(1024 + 2^(bits - 1)).
 __device__ __forceinline__ uint32_t scaled_pair(uint32_t codes, uint32_t offset, __half2 scale) {
-    const uint32_t biased = codes | 0x64006400u;
+    const uint32_t biased = codes | MAGIC;
     const __half2 number = __hsub2(*reinterpret_cast<const __half2*>(&biased),
                                    *reinterpret_cast<const __half2*>(&offset));
     const __half2 scaled = __hmul2(number, scale);

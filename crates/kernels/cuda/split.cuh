@@ -191,14 +191,14 @@ private:
     __device__ __forceinline__ void copy_half(HeadLayout layout, uint8_t* pages, int offset) const {
         const TileRows rows(span, memory_end, tile);
         const int token = tile % PAGE_TILES * TILE;
-        const int64_t block_index = int64_t(page) * args.kv_heads + queries.kv_head;
+        const int64_t index = head_block(args.kv_heads, page, queries.kv_head);
         const uint32_t to = shared_address(stage()) + offset;
         if (IS_CODES) {
             const StoredTile stored = {layout};
-            copy_codes(to, stored, pages + block_index * stored.page_bytes(), token, rows.memory_end);
+            copy_codes(to, stored, pages + index * stored.page_bytes(), token, rows.memory_end);
             return;
         }
-        const uint8_t* block = pages + block_index * layout.page_bytes();
+        const uint8_t* block = pages + index * layout.page_bytes();
         if (args.head_dim == D && rows.is_whole()) {
             copy_whole(to, block + token * D * 2);
         } else if (args.head_dim % 8 == 0) {

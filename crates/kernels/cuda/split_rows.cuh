@@ -122,8 +122,8 @@ struct RowHeads {
     }
 
     // Queries go to `q`, fp16 [heads, STRIDE]; key and value to their page and to `fresh`.
-    template <typename Row>
-    __device__ __forceinline__ void prepare(float* staging, __half* q, Row (&fresh)[2]) {
+    __device__ __forceinline__ void prepare(float* staging, __half* q,
+                                            FreshRow<D, IS_CODES> (&fresh)[2]) {
         const int head_dim = args.head_dim;
 #pragma unroll 1
         for (int task = threadIdx.x / WARP_LANES; task < count; task += ATTEND_WARPS) {
@@ -186,9 +186,8 @@ private:
     }
 
     // One block of the row's stores what all attend to.
-    template <typename Row>
     __device__ __forceinline__ void keep(const float* head, HeadLayout layout, bool is_value,
-                                         Row& fresh) const {
+                                         FreshRow<D, IS_CODES>& fresh) const {
         const bool is_kept = args.head_tiles == 1 || blockIdx.y % args.head_tiles == 0;
         uint8_t* page = head_page(is_value ? args.value_pages : args.key_pages, layout,
                                   args.kv_heads, queries.home_page, queries.kv_head);
@@ -222,10 +221,11 @@ __device__ __forceinline__ void copy_queries(const AttendArgs& args, const Queri
 
 // Brings the tile's query heads to `q`, prepared, and where `has_own` says so, the row's own key and
 // value to shared memory and their page. Where the step's heads were, `places` of all threads wait for the end.
-template <int D, bool IS_CODES, typename Row>
+template <int D, bool IS_CODES>
 __device__ __forceinline__ void prepare_queries(const AttendSplitArgs& all,
                                                 const Queries& queries, bool has_own,
-                                                Row (&fresh)[2], __half* q, const uint4& places) {
+                                                FreshRow<D, IS_CODES> (&fresh)[2], __half* q,
+                                                const uint4& places) {
     if (all.heads.is_fresh != 0) {
         float* staging = reinterpret_cast<float*>(staging_of(all));
         RowHeads<D, IS_CODES> heads(all, queries, has_own);

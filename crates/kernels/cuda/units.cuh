@@ -189,7 +189,7 @@ __device__ __forceinline__ void unit_scales(const char* slot, uint32_t shape, in
         const __half2 largest = __half2half2(__ushort_as_half(shape >> 16));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const uint32_t code = (codes >> (8 * i) & 0x000f000fu) | 0x64006400u;
+            const uint32_t code = (codes >> (8 * i) & 0x000f000fu) | MAGIC;
             const __half2 root =
                 __hadd2_rn(*reinterpret_cast<const __half2*>(&code), __float2half2_rn(-1023.0f));
             pairs[i] = __hmul2_rn(__hmul2_rn(root, root), largest);
