@@ -9,6 +9,7 @@
 
 mod arguments;
 mod launch;
+mod split;
 mod tiles;
 
 use std::ops::Range;
@@ -30,9 +31,10 @@ use crate::prepare::{RowLayout, norm_number};
 use crate::step::{CudaWorkspace, StepInputs};
 use arguments::{AttendArgs, AttendExactArgs, AttendSplitArgs, CacheArgs, StepHeads};
 use launch::{
-    HeadTiles, PADDED_HEAD_DIMS, Ring, ScratchLayout, SplitGrid, SplitMemory, format_number,
-    head_dim_index, is_fp16_in_units, is_whole, score_factors,
+    HeadTiles, PADDED_HEAD_DIMS, Ring, ScratchLayout, format_number, head_dim_index,
+    is_fp16_in_units, is_whole, score_factors,
 };
+use split::{SplitGrid, SplitMemory};
 use tiles::SPLIT_HEADS;
 pub(crate) use tiles::{Tile, Tiles};
 
