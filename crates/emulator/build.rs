@@ -34,7 +34,8 @@ fn main() {
     for source in [units(kernels), units(tests)].concat() {
         let unit = &source.name;
         let has_clusters = source.text().contains("__cluster_dims__");
-        if has_clusters {
+        let has_second = has_clusters && source.text().contains("__shared__");
+        if has_second {
             let file = out.join(format!("{unit}_second.cpp"));
             write_second(&source, &file);
             build.file(&file);
@@ -42,17 +43,23 @@ fn main() {
         let is_hoppers = source.kernels_on(OLDER_TARGET).is_empty();
         let mut declarations = String::new();
         let mut entries = String::new();
-        for UnitEntry { name, bounds } in source.entries() {
+        for UnitEntry {
+            name,
+            bounds,
+            cluster,
+        } in source.entries()
+        {
             let bounds = bounds.as_deref().unwrap_or("emulated::MOST_THREADS");
+            let ctas = cluster.as_deref().unwrap_or("1");
             let mut second = "nullptr".to_owned();
-            if has_clusters {
+            if has_second {
                 second = format!("{name}_second_run");
                 writeln!(declarations, "extern \"C\" void {second}(const void*);")
                     .expect("a string takes everything");
             }
             writeln!(
                 entries,
-                "    ENTRY({name}, {second}, {is_hoppers}, {bounds}),"
+                "    ENTRY({name}, emulated::first_of({ctas}), {second}, {is_hoppers}, {bounds}),"
             )
             .expect("a string takes everything");
         }

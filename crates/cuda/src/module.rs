@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUmodule, CUresult};
+use cudarc::driver::sys::{
+    self, CUfunction, CUfunction_attribute, CUlaunchConfig, CUmodule, CUresult,
+};
 use oxllama_kernels::UNITS;
 
 use crate::context::Context;
@@ -134,6 +136,39 @@ impl Modules {
             return Err(self.refused(code, &what));
         }
         Ok(Some(Kernel { function, name }))
+    }
+
+    /// How many of a kernel's clusters of `ctas` blocks run at once, where each block takes a multiprocessor's `shared_bytes`:
+    /// a cluster lies within one of the GPU's groups of multiprocessors, which are not of equal size.
+    pub(crate) fn most_clusters(
+        &self,
+        kernel: Kernel,
+        ctas: usize,
+        threads: usize,
+        shared_bytes: usize,
+    ) -> Result<usize, CudaUnavailable> {
+        let grid = self.context.info.multiprocessors / ctas * ctas;
+        let config = CUlaunchConfig {
+            gridDimX: grid.max(ctas) as u32,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: shared_bytes as u32,
+            hStream: std::ptr::null_mut(),
+            attrs: std::ptr::null_mut(),
+            numAttrs: 0,
+        };
+        let mut clusters = 0;
+        // SAFETY: the function is a module's; the driver reads the structure and writes one number.
+        let code = unsafe {
+            sys::cuOccupancyMaxActiveClusters(&raw mut clusters, kernel.function, &raw const config)
+        };
+        match code {
+            CUresult::CUDA_SUCCESS => Ok(clusters.unsigned_abs() as usize),
+            code => Err(self.refused(code, &format!("asking for clusters of {}", kernel.name))),
+        }
     }
 
     /// The driver's answer to loading `what`.

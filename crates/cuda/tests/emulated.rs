@@ -82,6 +82,25 @@ fn operations_conform_on_hopper_backward() {
     assert!(launches > 20, "{launches} launches of Hopper's own");
 }
 
+/// Sums of 9 to 32 rows are joined in clusters.
+fn is_of_clusters(name: &str) -> bool {
+    let words = ["wide", "typical", "short ranges", "many outputs"];
+    name.starts_with("row independence: linear") && words.iter().any(|word| name.contains(word))
+}
+
+#[test]
+fn rows_are_independent_in_clusters() {
+    let launches = conforms("kernels=on capability=9.0", 8, is_of_clusters);
+    assert!(launches > 8, "{launches} launches of Hopper's own");
+}
+
+/// What one block of a cluster sends another arrives at once.
+#[test]
+fn rows_are_independent_in_clusters_backward() {
+    let launches = conforms("kernels=backward capability=9.0", 8, is_of_clusters);
+    assert!(launches > 8, "{launches} launches of Hopper's own");
+}
+
 /// As where a program has device code for older GPUs alone.
 #[test]
 fn older_code_serves_newer_gpus() {

@@ -3,6 +3,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <deque>
+#include <unordered_map>
 #include <vector>
 
 emulated::Index threadIdx, blockIdx, blockDim, gridDim;
@@ -15,7 +17,7 @@ uint8_t* dynamic_shared;
 
 namespace {
 
-constexpr int MOST_WARPS = MOST_THREADS / LANES;
+constexpr int MOST_WARPS = MOST_CLUSTER_THREADS / LANES;
 
 struct Warp {
     // In turns: a lane may show its next words while others still look at the last ones.
@@ -27,7 +29,7 @@ struct Warp {
 
 Warp warps[MOST_WARPS];
 // How often a thread has shown something: its words go to one of two places in turn.
-uint32_t times[MOST_THREADS];
+uint32_t times[MOST_CLUSTER_THREADS];
 
 struct Copy {
     uint32_t to;
@@ -64,10 +66,10 @@ struct Groups {
     }
 };
 
-Groups<Copy> copies[MOST_THREADS];
+Groups<Copy> copies[MOST_CLUSTER_THREADS];
 
 // Blocks of a cluster.
-constexpr int MOST_CTAS = 2;
+constexpr int MOST_CTAS = 8;
 
 // Eight bytes of shared memory.
 struct Barrier {
@@ -92,12 +94,26 @@ uint8_t* dynamic_of[MOST_CTAS];
 
 struct BulkCopy {
     uint8_t* to;
-    const void* from;
+    const void* from;  // null: what was sent
     uint32_t bytes;
     Barrier* barrier;
+    uint8_t sent[16];
+
+    void make() {
+        memcpy(to, from == nullptr ? sent : from, bytes);
+        barrier->bytes -= int32_t(bytes);
+        barrier->look();
+    }
 };
 
-std::vector<BulkCopy> bulk_copies;
+// By the barrier that they count at, in the order in which they were started.
+std::unordered_map<const Barrier*, std::deque<BulkCopy>> bulk_copies;
+
+// Whether what is sent arrives at once.
+bool arrives_at_once;
+
+// A block of the cluster in an address there.
+constexpr int RANK_BIT = 24;
 
 // A lane's part of a group's product: rows g and g + 8 of the warp's 16.
 struct GroupPart {
@@ -109,7 +125,7 @@ struct GroupPart {
     bool is_shared_a, is_columns, adds;
 };
 
-Groups<GroupPart> products[MOST_THREADS];
+Groups<GroupPart> products[MOST_CLUSTER_THREADS];
 
 [[noreturn]] void fail(const char* what) {
     fprintf(stderr, "%s: thread %d of block %u\n", what, thread, blockIdx.x);
@@ -300,23 +316,39 @@ void arrive(uint32_t barrier, int rank, uint32_t announced_bytes) {
 
 bool has_passed(uint32_t barrier, uint32_t parity) {
     Barrier& own = own_barrier(barrier);
-    for (size_t i = 0; i < bulk_copies.size() && own.phase == parity;) {
-        const BulkCopy copy = bulk_copies[i];
-        if (copy.barrier != &own) {
-            ++i;
-            continue;
-        }
-        memcpy(copy.to, copy.from, copy.bytes);
-        bulk_copies.erase(bulk_copies.begin() + i);
-        own.bytes -= int32_t(copy.bytes);
-        own.look();
+    std::deque<BulkCopy>& copies = bulk_copies[&own];
+    while (!copies.empty() && own.phase == parity) {
+        BulkCopy copy = copies.front();
+        copies.pop_front();
+        copy.make();
     }
     return own.phase != parity;
 }
 
 void start_bulk_copy(int rank, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
     if ((to | bytes | uint32_t(uintptr_t(from))) % 16 != 0) fail("a copy that is not aligned");
-    bulk_copies.push_back({dynamic_of[rank] + to, from, bytes, &barrier_of(barrier, rank)});
+    Barrier& there = barrier_of(barrier, rank);
+    bulk_copies[&there].push_back({dynamic_of[rank] + to, from, bytes, &there, {}});
+}
+
+uint32_t cluster_address_of(uint32_t address, int rank) {
+    if (address >= 1u << RANK_BIT) fail("an address in a cluster of what is no dynamic shared memory");
+    return address | uint32_t(rank) << RANK_BIT;
+}
+
+void start_send(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    const auto at = [](uint32_t address) {
+        return dynamic_of[address >> RANK_BIT] + (address & ((1u << RANK_BIT) - 1));
+    };
+    if (to % bytes != 0 || barrier % sizeof(Barrier) != 0) fail("something sent that is not aligned");
+    if (to >> RANK_BIT != barrier >> RANK_BIT) fail("something sent to one block and counted in another");
+    BulkCopy copy = {at(to), nullptr, bytes, reinterpret_cast<Barrier*>(at(barrier)), {}};
+    memcpy(copy.sent, from, bytes);
+    if (arrives_at_once) {
+        copy.make();
+    } else {
+        bulk_copies[copy.barrier].push_back(copy);
+    }
 }
 
 void start_product(float* sums, int width, const uint32_t (&a)[4], uint64_t b, bool is_columns, bool adds) {
@@ -343,10 +375,12 @@ void wait_for_products(int pending) { products[thread].wait(pending, multiply_pa
 
 }  // namespace emulated
 
-// Begins a cluster's blocks, which mostly is one: `block` is the first.
+// Begins a cluster's blocks, which mostly is one: `block` is the first. `at_once`: what one sends another arrives as early
+// as it may, instead of as late.
 extern "C" void oxl_emulated_begin(const uint32_t* grid, const uint32_t* extent, const uint32_t* block,
-                                   uint8_t* const* shared, int32_t ctas) {
+                                   uint8_t* const* shared, int32_t ctas, bool at_once) {
     using namespace emulated;
+    arrives_at_once = at_once;
     gridDim = {grid[0], grid[1], grid[2]};
     blockDim = {extent[0], extent[1], extent[2]};
     blockIdx = {block[0], block[1], block[2]};

@@ -54,7 +54,9 @@ struct Index {
 };
 
 constexpr int LANES = 32;
+// Of a block, and of a cluster's blocks.
 constexpr int MOST_THREADS = 1024;
+constexpr int MOST_CLUSTER_THREADS = 4096;
 
 // Words that a lane shows the others of its warp.
 constexpr int MOST_WORDS = 6;
@@ -104,6 +106,11 @@ bool has_passed(uint32_t barrier, uint32_t parity);
 // A copy to a block of the cluster that is made when its barrier is waited for.
 void start_bulk_copy(int rank, uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
 
+// Where an address of dynamic shared memory is in a block of the cluster, and a store there that counts at a barrier: made
+// when the barrier is waited for, or at once (`oxl_emulated_begin`).
+uint32_t cluster_address_of(uint32_t address, int rank);
+void start_send(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier);
+
 // Products of a warp group of 16 inputs, made when they are waited for; A in registers, taken now, or in shared memory.
 void start_product(float* sums, int width, const uint32_t (&a)[4], uint64_t b, bool is_columns, bool adds);
 void start_shared_product(float* sums, int width, uint64_t a, uint64_t b, bool adds);
@@ -125,14 +132,16 @@ struct Entry {
     size_t args_bytes;
     // Threads of a block, at most.
     size_t most_threads;
-    // Of a cluster's second block: static shared memory of its own. Null: there are no clusters.
+    // Blocks of a cluster.
+    size_t ctas;
+    // Of a cluster's second block: static shared memory of its own. Null: there is none.
     void (*run_second)(const void* args);
     // Whether it is made of Hopper's own instructions.
     bool is_hoppers;
 };
 
-// The first of a kernel's bounds.
-constexpr size_t first_of(size_t first, size_t = 0) { return first; }
+// The first of a kernel's bounds, or of its cluster's extents.
+constexpr size_t first_of(size_t first, size_t = 0, size_t = 0) { return first; }
 
 template <typename Args>
 constexpr size_t args_bytes_of(void (*)(Args)) {
@@ -146,11 +155,11 @@ void run_with(void (*kernel)(Args), const void* args) {
 
 }  // namespace emulated
 
-#define ENTRY(NAME, SECOND, IS_HOPPERS, ...)                                    \
+#define ENTRY(NAME, CTAS, SECOND, IS_HOPPERS, ...)                              \
     {                                                                           \
         #NAME, [](const void* args) { emulated::run_with(NAME, args); },        \
             emulated::args_bytes_of(NAME), emulated::first_of(__VA_ARGS__),     \
-            SECOND, IS_HOPPERS                                                  \
+            CTAS, SECOND, IS_HOPPERS                                            \
     }
 
 extern emulated::Index threadIdx, blockIdx, blockDim, gridDim;

@@ -1,5 +1,5 @@
 // What `bulk.cuh` and `group_product.cuh` have, made by hand: barriers in shared memory, copies that are made when
-// somebody waits for them, clusters of two, and products of warp groups that are made when they are waited for.
+// somebody waits for them, clusters, and products of warp groups that are made when they are waited for.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -26,6 +26,11 @@ inline void bulk_copy(uint32_t to, const void* from, uint32_t bytes, uint32_t ba
 }
 inline void bulk_copy_to_both(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
     for (int rank = 0; rank < 2; ++rank) emulated::start_bulk_copy(rank, to, from, bytes, barrier);
+}
+inline uint32_t cluster_address(uint32_t address, int rank) { return emulated::cluster_address_of(address, rank); }
+template <int COUNT>
+inline void send_async(uint32_t to, const float (&x)[COUNT], uint32_t barrier) {
+    emulated::start_send(to, x, sizeof(x), barrier);
 }
 inline void cluster_meet() { emulated::oxl_emulated_meet(emulated::CLUSTER); }
 

@@ -13,8 +13,8 @@ use crate::{Launch, Order};
 /// Threads of a warp.
 const LANES: usize = 32;
 
-/// Threads of a block or of a cluster's blocks, at most; `emulated::MOST_THREADS`.
-const MOST_THREADS: usize = 1024;
+/// Threads of a cluster's blocks, at most; `emulated::MOST_CLUSTER_THREADS`.
+const MOST_CLUSTER_THREADS: usize = 4096;
 
 /// Bytes of a thread's stack: kernels keep little there.
 const STACK_BYTES: usize = 128 << 10;
@@ -40,6 +40,7 @@ unsafe extern "C" {
         block: *const u32,
         shared: *const *mut u8,
         ctas: i32,
+        at_once: bool,
     );
     safe fn oxl_emulated_enter(thread: i32);
 }
@@ -71,22 +72,21 @@ pub(crate) struct Threads {
 }
 
 impl Threads {
-    /// Runs a kernel's blocks in order, or those of a cluster together: the second one by a kernel of its own.
+    /// Runs a kernel's blocks in order, or those of a cluster together, by a kernel each.
     ///
     /// # Safety
     /// As `Kernel::run` of the crate, which has looked at the launch; `args` are aligned.
     pub(crate) unsafe fn run(
         &mut self,
-        (kernel, second): (Kernel, Option<Kernel>),
+        kernels: &[Kernel],
         launch: Launch,
         args: *const c_void,
     ) -> Result<(), String> {
         let [width, height, depth] = launch.grid;
-        let kernels: Vec<Kernel> = std::iter::once(kernel).chain(second).collect();
         let ctas = kernels.len() as u32;
         let block_threads = launch.threads();
         let are_whole = width.is_multiple_of(ctas) && block_threads.is_multiple_of(LANES);
-        let are_few = block_threads * kernels.len() <= MOST_THREADS;
+        let are_few = block_threads * kernels.len() <= MOST_CLUSTER_THREADS;
         if ctas > 1 && !(are_whole && are_few) {
             return Err(format!("clusters of {ctas} blocks as {launch:?}"));
         }
@@ -96,7 +96,7 @@ impl Threads {
                     let block = [x, y, z];
                     self.begin(launch, block, kernels.len())?;
                     let mut threads = Vec::new();
-                    for &kernel in &kernels {
+                    for &kernel in kernels {
                         threads.extend(self.start(kernel, args, block_threads)?);
                     }
                     let result = run_cluster(&mut threads, block_threads, launch.order);
@@ -127,6 +127,7 @@ impl Threads {
                 block.as_ptr(),
                 starts.as_ptr(),
                 ctas as i32,
+                launch.order == Order::Backward,
             );
         };
         Ok(())

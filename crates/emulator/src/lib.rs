@@ -9,8 +9,8 @@
 //! numbers that are none and ends at a page that cannot be touched, and threads of a warp that come
 //! to different meetings are an error.
 //!
-//! Clusters are of two blocks, which run at the same time. Products of warp groups and copies by the copy engine are
-//! made when they are waited for.
+//! A cluster's blocks run at the same time. Products of warp groups and copies by the copy engine are
+//! made when they are waited for; what one block sends another arrives then or at once, by the [`Order`].
 //!
 //! Not here: the order in which tensor cores add.
 
@@ -59,6 +59,7 @@ struct Entry {
     run: unsafe extern "C" fn(*const c_void),
     args_bytes: usize,
     most_threads: usize,
+    ctas: usize,
     run_second: Option<unsafe extern "C" fn(*const c_void)>,
     is_hoppers: bool,
 }
@@ -72,7 +73,9 @@ unsafe extern "C" {
 #[derive(Debug, Clone, Copy)]
 pub struct Kernel {
     run: unsafe extern "C" fn(*const c_void),
-    /// Of a cluster's second block.
+    /// Blocks of a cluster.
+    ctas: usize,
+    /// Of a cluster's second block, if it needs one of its own.
     run_second: Option<unsafe extern "C" fn(*const c_void)>,
     args_bytes: usize,
     most_threads: usize,
@@ -103,12 +106,14 @@ impl Kernel {
                         run,
                         args_bytes,
                         most_threads,
+                        ctas,
                         run_second,
                         is_hoppers,
                     } = *entry;
                     if CStr::from_ptr(found) == name {
                         return Some(Self {
                             run,
+                            ctas,
                             run_second,
                             args_bytes,
                             most_threads,
@@ -125,6 +130,11 @@ impl Kernel {
     /// Whether it is made of Hopper's own instructions, so that other GPUs' code does not have it.
     pub fn is_hoppers(&self) -> bool {
         self.is_hoppers
+    }
+
+    /// Blocks of a cluster; 1 where there are none.
+    pub fn ctas(&self) -> usize {
+        self.ctas
     }
 
     /// Bytes of the structure that the kernel takes.
@@ -147,6 +157,11 @@ impl Kernel {
                 "blocks of {threads} threads, where {most} are allowed"
             ));
         }
+        if self.ctas > 2 && self.run_second.is_some() {
+            return Err("static shared memory in clusters of more than two blocks".to_owned());
+        }
+        let mut kernels = vec![self.run_second.unwrap_or(self.run); self.ctas];
+        kernels[0] = self.run;
         // As a GPU has arguments: aligned to whatever they may hold.
         let mut words = vec![0_u128; args.len().div_ceil(size_of::<u128>())];
         // SAFETY: the words have room for as many bytes.
@@ -156,7 +171,7 @@ impl Kernel {
         }
         THREADS.with_borrow_mut(|threads| {
             // SAFETY: the caller's promise.
-            unsafe { threads.run((self.run, self.run_second), launch, words.as_ptr().cast()) }
+            unsafe { threads.run(&kernels, launch, words.as_ptr().cast()) }
         })
     }
 }

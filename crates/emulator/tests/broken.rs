@@ -7,7 +7,7 @@ const THREADS: usize = 64;
 #[repr(C, align(16))]
 struct Numbers([u32; THREADS]);
 
-/// `BrokenArgs` of `broken.cu`, and `BrokenClusterArgs` of `broken_cluster.cu`.
+/// `BrokenArgs` of `broken.cu`, `BrokenClusterArgs` of `broken_cluster.cu` and `BrokenSendsArgs` of `broken_sends.cu`.
 #[repr(C)]
 struct Args {
     input: *const u32,
@@ -70,6 +70,15 @@ fn cluster_is_right(fault: i32, order: Order) -> Result<bool, String> {
     Ok((0..THREADS).all(|i| output.0[i] == expected(i)))
 }
 
+/// Whether blocks that send each other numbers give what they should.
+fn sends_are_right(fault: i32, order: Order) -> Result<bool, String> {
+    let kernel = Kernel::find(c"oxl_broken_sends").expect("a kernel of the tests");
+    assert_eq!(kernel.ctas(), 4);
+    let output = run(kernel, fault, (4, 32), 80, order)?;
+    let expected = |i: usize| square((i + THREADS / 2) % THREADS);
+    Ok((0..THREADS).all(|i| output.0[i] == expected(i)))
+}
+
 #[test]
 fn what_is_broken_is_found() {
     for order in [Order::Forward, Order::Backward] {
@@ -86,7 +95,12 @@ fn what_is_broken_is_found() {
         let endless = cluster_is_right(2, order).expect_err("a wait without an end");
         assert!(endless.contains("wait for each other"), "{endless}");
         assert_eq!(cluster_is_right(0, order), Ok(true), "{order:?}");
+
+        assert_eq!(sends_are_right(0, order), Ok(true), "{order:?}");
+        assert_eq!(sends_are_right(1, order), Ok(false), "{order:?}: no wait");
     }
+    // What is sent too early is there too early.
+    assert_eq!(sends_are_right(2, Order::Backward), Ok(false));
     assert!(Kernel::find(c"oxl_linear_many").is_none());
     let is_hoppers = |name| Kernel::find(name).map(|kernel| kernel.is_hoppers());
     assert_eq!(is_hoppers(c"oxl_linear_many_256"), Some(true));

@@ -3,7 +3,8 @@
 use std::ffi::{c_char, c_int};
 
 use crate::state::{
-    Call, Code, Context, INVALID_DEVICE, NO_DEVICE, SUCCESS, State, call, call_on, give, give_text,
+    Call, Code, Context, INVALID_DEVICE, MULTIPROCESSORS, NO_DEVICE, SUCCESS, State, call, call_on,
+    give, give_text,
 };
 
 /// A function that needs no context.
@@ -73,8 +74,7 @@ unsafe extern "C" fn cuDeviceGetAttribute(
 ) -> Code {
     describe("cuDeviceGetAttribute", |state| {
         let found = match attribute {
-            // Multiprocessors.
-            16 => 16,
+            16 => MULTIPROCESSORS,
             // Second-level cache.
             38 => 4 << 20,
             75 => state.capability.0,

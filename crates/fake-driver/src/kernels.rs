@@ -40,6 +40,11 @@ impl Kernels {
         self.functions.insert(function, kernel);
     }
 
+    /// Blocks of a function's clusters.
+    pub(crate) fn ctas(&self, function: usize) -> usize {
+        self.functions.get(&function).map_or(1, Kernel::ctas)
+    }
+
     /// Runs a kernel, or takes note of it where the stream records.
     ///
     /// # Safety

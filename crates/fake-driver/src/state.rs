@@ -25,6 +25,9 @@ pub(crate) const LAUNCH_FAILED: Code = 719;
 pub(crate) const INVALID_HANDLE: Code = 400;
 pub(crate) const CAPTURE_UNSUPPORTED: Code = 900;
 
+/// Of every GPU.
+pub(crate) const MULTIPROCESSORS: i32 = 16;
+
 thread_local! {
     /// The handle of the calling thread's context.
     static CURRENT: Cell<usize> = const { Cell::new(0) };

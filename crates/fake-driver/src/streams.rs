@@ -5,8 +5,8 @@ use std::ffi::{CStr, c_char, c_void};
 use oxllama_emulator::Kernel;
 
 use crate::state::{
-    CAPTURE_UNSUPPORTED, Call, Code, INVALID_HANDLE, INVALID_VALUE, Kind, LAUNCH_FAILED, NOT_FOUND,
-    Object, State, call, give,
+    CAPTURE_UNSUPPORTED, Call, Code, INVALID_HANDLE, INVALID_VALUE, Kind, LAUNCH_FAILED,
+    MULTIPROCESSORS, NOT_FOUND, Object, State, call, give,
 };
 
 fn is_stream(kind: &Kind) -> bool {
@@ -294,6 +294,21 @@ unsafe extern "C" fn cuFuncSetAttribute(function: usize, attribute: u32, value: 
             *most_shared_bytes = (*most_shared_bytes).max(value.unsigned_abs());
         }
         Ok(())
+    })
+}
+
+/// Of blocks of which a multiprocessor has one.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuOccupancyMaxActiveClusters(
+    clusters: *mut i32,
+    function: usize,
+    _config: *const LaunchConfig,
+) -> Code {
+    call("cuOccupancyMaxActiveClusters", Call::Plain, |state| {
+        state.object(function, is_function)?;
+        let ctas = state.kernels.ctas(function);
+        // SAFETY: the caller's pointer.
+        unsafe { give(clusters, MULTIPROCESSORS / ctas as i32) }
     })
 }
 

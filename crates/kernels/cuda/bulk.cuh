@@ -49,6 +49,33 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, int rank) {
         : "memory");
 }
 
+// Where the same place of shared memory is in a CTA of the cluster.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, int rank) {
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+// Stores to shared memory of a CTA of the cluster, which announced bytes count at its barrier; both are cluster addresses.
+__device__ __forceinline__ void send_async(uint32_t to, const float (&x)[4], uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     to),
+                 "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void send_async(uint32_t to, const float (&x)[2], uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+                 "f"(x[0]), "f"(x[1]), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void send_async(uint32_t to, const float (&x)[1], uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to),
+                 "f"(x[0]), "r"(barrier)
+                 : "memory");
+}
+
 // Waits for all threads of the cluster. Barriers that were made known are visible then, not whatever else
 // they have written.
 __device__ __forceinline__ void cluster_meet() {

@@ -54,6 +54,8 @@ pub struct UnitEntry {
     pub name: String,
     /// What stands in its `__launch_bounds__(…)`, if it has any: expressions of the unit.
     pub bounds: Option<String>,
+    /// What stands in its `__cluster_dims__(…)`, if it has any: expressions of the unit.
+    pub cluster: Option<String>,
 }
 
 /// What the compiler defines for the one target that has Hopper's own instructions, and that target.
@@ -64,6 +66,7 @@ impl UnitEntry {
     fn parse(declaration: &str) -> Option<Self> {
         let mut rest = declaration;
         let mut bounds = None;
+        let mut cluster = None;
         loop {
             let open = rest.find('(')?;
             let before = rest[..open].trim_end();
@@ -71,7 +74,11 @@ impl UnitEntry {
             let word = &before[start.map_or(0, |start| start + 1)..];
             if !word.starts_with("__") {
                 let name = word.to_owned();
-                return Some(Self { name, bounds });
+                return Some(Self {
+                    name,
+                    bounds,
+                    cluster,
+                });
             }
             // An attribute as `__launch_bounds__(256, 2)`: go on after its closing parenthesis.
             let mut depth = 0;
@@ -79,8 +86,11 @@ impl UnitEntry {
                 depth += i32::from(c == '(') - i32::from(c == ')');
                 depth == 0
             })?;
-            if word == "__launch_bounds__" {
-                bounds = Some(rest[open + 1..open + close].to_owned());
+            let inside = || Some(rest[open + 1..open + close].to_owned());
+            match word {
+                "__launch_bounds__" => bounds = inside(),
+                "__cluster_dims__" => cluster = inside(),
+                _ => {}
             }
             rest = &rest[open + close + 1..];
         }

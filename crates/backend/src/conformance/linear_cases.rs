@@ -189,6 +189,8 @@ fn exl2_cases() -> Vec<(String, LinearCase)> {
     add("EXL2 typical".to_owned(), typical(192, 4096, 7));
     // A worker's share of so many inputs is more than a few groups.
     add("EXL2 wide".to_owned(), typical(11_008, 64, 8));
+    // So many outputs that a worker of a large GPU has several of their tiles.
+    add("EXL2 many outputs".to_owned(), typical(1024, 6304, 9));
     cases
 }
 

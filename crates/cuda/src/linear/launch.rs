@@ -7,7 +7,9 @@ use super::blaslt::Product;
 use super::handover::Reader;
 use super::layout::{TILE_OUTPUTS, TileMatrix};
 use super::many::ManyKernels;
-use super::plan::{Division, Kind, LaunchShape, Limits, ROWS_OF_TILE, most_shared_bytes};
+use super::plan::{
+    CLUSTER_PARTS, Division, Kind, LaunchShape, Limits, MOST_WARPS, ROWS_OF_TILE, most_shared_bytes,
+};
 use super::scratch::{LinearScratch, ManyRows};
 use super::{CudaLinear, MOST_MATRICES};
 use crate::context::GpuInfo;
@@ -96,6 +98,8 @@ pub(crate) struct LinearKernels {
     few_gated: Kernel,
     /// Up to 8, 16, 24 and 32 rows.
     parts: [Kernel; 4],
+    /// The same by clusters, where there are such kernels.
+    cluster: Option<ClusterKernels>,
     /// More than [`ManyRows::few_rows`], where there are such kernels.
     pub(super) many: Option<ManyKernels>,
     dequantise: Kernel,
@@ -121,6 +125,7 @@ impl LinearKernels {
                 parts("oxl_linear_24")?,
                 parts("oxl_linear_32")?,
             ],
+            cluster: ClusterKernels::find(modules, gpu)?,
             many: ManyKernels::find(modules, gpu)?,
             dequantise: modules.kernel("dequantise", "oxl_dequantise", 0)?,
             add_bias: modules.kernel("dequantise", "oxl_add_bias", 0)?,
@@ -130,6 +135,36 @@ impl LinearKernels {
             repack_exl2_scales: repack("oxl_repack_exl2_scales")?,
             repack_gptq_scales: repack("oxl_repack_gptq_scales")?,
         })
+    }
+}
+
+/// The entries of `linear_cluster.cu`.
+#[derive(Debug, Clone, Copy)]
+struct ClusterKernels {
+    /// Up to 8, 16, 24 and 32 rows.
+    kernels: [Kernel; 4],
+    /// Clusters that run at once.
+    clusters: usize,
+}
+
+impl ClusterKernels {
+    /// `None` where the GPU has no such kernels: they are made for compute capability 9.0 alone.
+    fn find(modules: &Modules, gpu: &GpuInfo) -> Result<Option<Self>, CudaUnavailable> {
+        let shared_bytes = most_shared_bytes(gpu);
+        let names = [
+            "oxl_linear_cluster_8",
+            "oxl_linear_cluster_16",
+            "oxl_linear_cluster_24",
+            "oxl_linear_cluster_32",
+        ];
+        let entries = names.map(|name| (name, shared_bytes));
+        let Some(kernels) = modules.kernels_if_any("linear_cluster", entries)? else {
+            return Ok(None);
+        };
+        // All take a multiprocessor each.
+        let threads = 32 * MOST_WARPS;
+        let clusters = modules.most_clusters(kernels[0], CLUSTER_PARTS, threads, shared_bytes)?;
+        Ok(Some(Self { kernels, clusters }))
     }
 }
 
@@ -220,8 +255,10 @@ impl CudaDevice {
     /// What launches of products may take.
     pub(super) fn limits(&self) -> Limits {
         // No other code has these kernels.
-        let is_hopper = self.kernels().linear.many.is_some();
-        Limits::of(self.info(), is_hopper)
+        let linear = &self.kernels().linear;
+        let is_hopper = linear.many.is_some();
+        let clusters = linear.cluster.map_or(0, |cluster| cluster.clusters);
+        Limits::of(self.info(), is_hopper, clusters)
     }
 
     /// How products take so many rows.
@@ -329,6 +366,7 @@ impl CudaDevice {
             };
             let (tile_buffers, parts, part_blocks) = match division.kind {
                 Kind::Few { tile_buffers } => (tile_buffers, 1, 0),
+                Kind::Cluster { part_blocks, .. } => (0, CLUSTER_PARTS, part_blocks),
                 Kind::Parts { parts, part_blocks } => (0, parts, part_blocks),
             };
             let args = LinearArgs {
@@ -371,20 +409,30 @@ impl CudaDevice {
         scratch: &LinearScratch,
     ) -> Result<(), DeviceError> {
         let kernels = &self.kernels().linear;
-        let (kernel, parts) = match division.kind {
-            Kind::Few { .. } if is_gated => (kernels.few_gated, 1),
-            Kind::Few { .. } => (kernels.few, 1),
-            Kind::Parts { parts, .. } => {
-                let row_tiles = division.rows.div_ceil(ROWS_OF_TILE);
-                (kernels.parts[row_tiles - 1], parts)
+        let row_tiles = division.rows.div_ceil(ROWS_OF_TILE);
+        let multiprocessors = self.info().multiprocessors;
+        let tiles = args.items as usize;
+        // The kernel, CTAs that have the parts of the same tiles, how many times, and tiles that sums have room for.
+        let (kernel, parts, shares, most_tiles) = match (division.kind, &kernels.cluster) {
+            (Kind::Few { .. }, _) if is_gated => (kernels.few_gated, 1, multiprocessors, tiles),
+            (Kind::Few { .. }, _) => (kernels.few, 1, multiprocessors, tiles),
+            (Kind::Cluster { clusters, .. }, Some(cluster)) => (
+                cluster.kernels[row_tiles - 1],
+                CLUSTER_PARTS,
+                clusters,
+                tiles,
+            ),
+            (Kind::Cluster { .. }, None) => unreachable!("clusters without kernels of them"),
+            (Kind::Parts { parts, .. }, _) => {
+                let shares = (multiprocessors / parts).max(1);
+                (
+                    kernels.parts[row_tiles - 1],
+                    parts,
+                    shares,
+                    scratch.partials / parts,
+                )
             }
         };
-        let tiles = args.items as usize;
-        let most_tiles = match parts {
-            1 => tiles,
-            _ => scratch.partials / parts,
-        };
-        let shares = (self.info().multiprocessors / parts).max(1);
         // Of gate and of up a CTA has as many.
         let tiles_apart = if is_gated { 2 } else { 1 };
         for first_tile in (0..tiles).step_by(most_tiles) {

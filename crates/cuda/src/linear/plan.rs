@@ -25,6 +25,12 @@ pub(crate) const ROWS_OF_LAUNCH: usize = 32;
 /// Ranges of a part of K, at most: there is room for the sums of two that wait for others.
 const MOST_PART_RANGES: usize = 4;
 
+/// Blocks of threads (CTAs) of a cluster, each of which has a part of K; `CLUSTER_PARTS` in `linear_cluster.cu`.
+pub(crate) const CLUSTER_PARTS: usize = 8;
+
+/// Ranges of each of those parts: no other plans have kernels.
+const CLUSTER_RANGES: usize = MOST_WARPS / CLUSTER_PARTS;
+
 /// Tiles' sums of parts of K that a launch leaves for others to join, at most: 16 MiB of 32 rows.
 const MOST_PARTIALS: usize = 4096;
 
@@ -101,6 +107,13 @@ pub(crate) enum Kind {
         /// Tiles whose sums are joined at once.
         tile_buffers: usize,
     },
+    /// `oxl_linear_cluster_..`: the CTAs of a cluster have the parts of K, [`CLUSTER_PARTS`].
+    Cluster {
+        /// Blocks of the longest part.
+        part_blocks: usize,
+        /// How many clusters.
+        clusters: usize,
+    },
     /// The others: a CTA has a part of K.
     Parts {
         /// Parts of K: a power of two.
@@ -162,9 +175,8 @@ impl Plan {
         let parts = |rows: usize| {
             let row_tiles = rows.div_ceil(ROWS_OF_TILE);
             let fewer = (1..row_tiles).rev().map(|tiles| tiles * ROWS_OF_TILE);
-            std::iter::once(rows)
-                .chain(fewer)
-                .find_map(|rows| self.parts(LaunchShape { rows, ..shape }, limits))
+            let by_rows = |rows| self.parts(LaunchShape { rows, ..shape }, limits);
+            std::iter::once(rows).chain(fewer).find_map(by_rows)
         };
         let whole = (rows <= ROWS_OF_TILE).then(|| few(rows)).flatten();
         whole
@@ -218,21 +230,57 @@ impl Plan {
 
     /// K in parts, whose activations and warps must fit into a multiprocessor.
     fn parts(&self, shape: LaunchShape, limits: Limits) -> Option<Division> {
-        // More rows take more registers, but for how the compiler happens to deal with them.
-        let most_warps = match shape.rows.div_ceil(ROWS_OF_TILE) {
-            1 => 16,
-            2 => 12,
-            _ if limits.is_hopper => 12,
-            _ => 8,
-        };
+        let most_warps = limits.most_warps(shape.rows);
         [most_warps, 4, 1].into_iter().find_map(|warps| {
             let least_parts = self.ranges.div_ceil(MOST_PART_RANGES);
             let parts = |shift| least_parts << shift;
             let possible = (0..).map(parts).take_while(|&parts| parts <= self.ranges);
             let divisions = possible.filter_map(|parts| self.in_parts(shape, parts, warps, limits));
-            let best = divisions.min_by_key(|&(cost, _)| cost);
+            let all = divisions.chain(self.in_cluster(shape, warps, limits));
+            let best = all.min_by_key(|&(cost, _)| cost);
             best.map(|(_, division)| division)
         })
+    }
+
+    /// The parts of a cluster by up to so many warps, and what that costs; `None` if it does not fit.
+    fn in_cluster(
+        &self,
+        shape: LaunchShape,
+        warps: usize,
+        limits: Limits,
+    ) -> Option<(usize, Division)> {
+        /// Blocks that could be multiplied while a tile's sums are sent and joined.
+        const BLOCKS_OF_A_TILE: usize = 8;
+        /// A warp's barriers, and what a CTA has of the matrices (`ClusterExchange::bytes`).
+        const BARRIER_BYTES: usize = 16;
+        const RANGES_BYTES: usize = 16 * MOST_MATRICES;
+        if limits.clusters == 0 || self.ranges != CLUSTER_PARTS * CLUSTER_RANGES {
+            return None;
+        }
+        let padded_rows = shape.rows.next_multiple_of(ROWS_OF_TILE);
+        let part_blocks = self.blocks.div_ceil(CLUSTER_PARTS);
+        // Sums of a range that wait for the other's, and of all parts that a CTA joins.
+        let warp_bytes = RING_BYTES + 2 * padded_rows * ROW_SUM_BYTES + BARRIER_BYTES;
+        let table_bytes = shape.matrices * CLUSTER_RANGES * shape.range_units * UNIT_ENTRY_BYTES;
+        let fixed = part_blocks * padded_rows * ROW_BLOCK_BYTES + table_bytes + RANGES_BYTES;
+        let fitting_warps = limits.shared_bytes.checked_sub(fixed)? / warp_bytes;
+        let clusters = limits.clusters.min(shape.tiles);
+        let cluster_tiles = shape.tiles.div_ceil(clusters);
+        let warps = warps.min(fitting_warps).min(cluster_tiles);
+        if warps == 0 {
+            return None;
+        }
+        let cost = cluster_tiles.div_ceil(warps) * (part_blocks + BLOCKS_OF_A_TILE);
+        let division = Division {
+            rows: shape.rows,
+            kind: Kind::Cluster {
+                part_blocks,
+                clusters,
+            },
+            warps,
+            shared_bytes: fixed + warps * warp_bytes,
+        };
+        Some((cost, division))
     }
 
     /// So many parts of K by so many warps, and what that costs; `None` if it does not fit.
@@ -274,14 +322,28 @@ pub(crate) struct Limits {
     pub(crate) multiprocessors: usize,
     /// Whether the device code is made for compute capability 9.0, not for an older one.
     pub(crate) is_hopper: bool,
+    /// How many clusters of [`CLUSTER_PARTS`] CTAs run at once; 0: there are no kernels of them.
+    pub(crate) clusters: usize,
 }
 
 impl Limits {
-    pub(crate) fn of(gpu: &GpuInfo, is_hopper: bool) -> Self {
+    pub(crate) fn of(gpu: &GpuInfo, is_hopper: bool, clusters: usize) -> Self {
         Self {
             shared_bytes: most_shared_bytes(gpu),
             multiprocessors: gpu.multiprocessors,
             is_hopper,
+            clusters,
+        }
+    }
+
+    /// Warps of a CTA that has a part of K, at most: more rows take more registers, but for how the compiler happens
+    /// to deal with them.
+    fn most_warps(self, rows: usize) -> usize {
+        match rows.div_ceil(ROWS_OF_TILE) {
+            1 => 16,
+            2 => 12,
+            _ if self.is_hopper => 12,
+            _ => 8,
         }
     }
 }
@@ -327,10 +389,12 @@ mod tests {
     #[test]
     fn launches_fit_and_take_all_rows() {
         for shared_bytes in SHARED_BYTES {
+            let is_hopper = shared_bytes == SHARED_BYTES[2];
             let limits = Limits {
                 shared_bytes,
                 multiprocessors: 100,
-                is_hopper: shared_bytes == SHARED_BYTES[2],
+                is_hopper,
+                clusters: if is_hopper { 11 } else { 0 },
             };
             for blocks in [1, 2, 18, 64, 128, 344, 896, 1664] {
                 let plan = Plan::of(blocks, shared_bytes);
@@ -372,6 +436,20 @@ mod tests {
                 assert!(division.rows <= ROWS_OF_TILE && division.warps == plan.ranges);
                 assert!((1..=MOST_TILE_BUFFERS).contains(&tile_buffers));
             }
+            Kind::Cluster {
+                part_blocks,
+                clusters,
+            } => {
+                assert!((1..=limits.clusters).contains(&clusters));
+                assert_eq!(plan.ranges, CLUSTER_PARTS * CLUSTER_RANGES);
+                assert!(division.rows <= 8 || division.warps <= 12);
+                for part in 0..CLUSTER_PARTS {
+                    let start = plan.range_start(part * CLUSTER_RANGES);
+                    let end = plan.blocks * (part + 1) / CLUSTER_PARTS;
+                    assert_eq!(start, plan.blocks * part / CLUSTER_PARTS);
+                    assert!(end - start <= part_blocks);
+                }
+            }
             Kind::Parts { parts, part_blocks } => {
                 assert!(parts.is_power_of_two() && parts <= plan.ranges);
                 assert!(plan.ranges / parts <= MOST_PART_RANGES);
@@ -393,8 +471,9 @@ mod tests {
             shared_bytes: SHARED_BYTES[2],
             multiprocessors: 132,
             is_hopper: true,
+            clusters: 0,
         };
-        let division = |blocks, tiles, rows| {
+        let division = |blocks, tiles, rows, limits: Limits| {
             let plan = Plan::of(blocks, limits.shared_bytes);
             let shape = LaunchShape {
                 rows,
@@ -406,18 +485,32 @@ mod tests {
             let division = plan.divide(shape, limits).unwrap();
             match division.kind {
                 Kind::Few { .. } => (division.rows, division.warps, 0),
+                Kind::Cluster { clusters, .. } => (division.rows, division.warps, clusters * 100),
                 Kind::Parts { parts, .. } => (division.rows, division.warps, parts),
             }
         };
-        assert_eq!(division(128, 384, 1), (1, 16, 0));
-        assert_eq!(division(128, 384, 8), (8, 16, 0));
-        assert_eq!(division(344, 128, 8), (8, 16, 16));
-        assert_eq!(division(128, 384, 16), (16, 12, 4));
-        assert_eq!(division(128, 384, 32), (32, 12, 4));
-        assert_eq!(division(128, 128, 32), (32, 12, 8));
-        assert_eq!(division(344, 128, 32), (32, 12, 8));
-        assert_eq!(division(688, 256, 32), (32, 12, 16));
-        assert_eq!(division(128, 384, 33), (17, 12, 4));
+        assert_eq!(division(128, 384, 1, limits), (1, 16, 0));
+        assert_eq!(division(128, 384, 8, limits), (8, 16, 0));
+        assert_eq!(division(344, 128, 8, limits), (8, 16, 16));
+        assert_eq!(division(128, 384, 16, limits), (16, 12, 4));
+        assert_eq!(division(128, 384, 32, limits), (32, 12, 4));
+        assert_eq!(division(128, 128, 32, limits), (32, 12, 8));
+        assert_eq!(division(344, 128, 32, limits), (32, 12, 8));
+        assert_eq!(division(688, 256, 32, limits), (32, 12, 16));
+        assert_eq!(division(128, 384, 33, limits), (17, 12, 4));
+        let limits = Limits {
+            clusters: 15,
+            ..limits
+        };
+        assert_eq!(division(128, 384, 8, limits), (8, 16, 0));
+        assert_eq!(division(344, 128, 8, limits), (8, 16, 16));
+        // A cluster has 26 tiles, which are three rounds of twelve warps.
+        assert_eq!(division(128, 384, 32, limits), (32, 12, 4));
+        assert_eq!(division(128, 688, 32, limits), (32, 12, 1500));
+        assert_eq!(division(128, 128, 32, limits), (32, 9, 1500));
+        assert_eq!(division(64, 8, 32, limits), (32, 1, 800));
+        // Its rows leave room for four warps.
+        assert_eq!(division(688, 256, 32, limits), (32, 12, 16));
     }
 
     #[test]
@@ -426,6 +519,7 @@ mod tests {
             shared_bytes: SHARED_BYTES[2],
             multiprocessors: 132,
             is_hopper: true,
+            clusters: 16,
         };
         let plan = Plan::of(65_535, limits.shared_bytes);
         assert!(!plan.can_be_divided(plan.range_blocks, limits));

@@ -1,0 +1,186 @@
+// y = store(W x + bias) as `oxl_linear_..` of linear_parts.cu, with a tile's sums joined within a cluster of blocks of
+// threads (CTAs): of compute capability 9.0.
+//
+// A cluster's CTAs have the eight parts of K and the same column tiles. A warp that has done a tile's part sends each
+// CTA its eighth of the sums, straight into that CTA's shared memory, where the warp of the same number joins all parts'
+// and stores them. So no sums go through memory, nobody fences or counts, and all CTAs store. A tile is joined in the
+// middle of the next one, when its sums have long arrived and the registers of sums are free.
+//
+// Launch: clusters of 8 CTAs, as many as the GPU runs at once, at most a tile each; block = 32 * warps, 16 warps at most for
+// up to 8 rows, 12 for more; `parts_shift` 3, `ranges_shift` 4; dynamic shared memory, with R rows up to the next
+// multiple of 8, = warps * (SLOTS * SLOT_BYTES + 256 * R + 16) + 64 * R * part_blocks + 16 * matrices * range_units + 80.
+#include "bulk.cuh"
+#include "parts.cuh"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+namespace oxl {
+
+constexpr int CLUSTER_PARTS = 8;
+
+// One, two or four that lie together in shared memory.
+template <int COUNT>
+__device__ __forceinline__ void load_floats(uint32_t place, float (&x)[COUNT]) {
+    uint32_t words[COUNT];
+    if constexpr (COUNT == 4) {
+        load_shared(place, words[0], words[1], words[2], words[3]);
+    } else if constexpr (COUNT == 2) {
+        load_shared(place, words[0], words[1]);
+    } else {
+        load_shared(place, words[0]);
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) x[i] = __uint_as_float(words[i]);
+}
+
+// A warp's part in joining tiles. `OWN` of a lane's sums of a tile are joined here, those from `rank * OWN` on.
+template <int ROW_TILES>
+struct ClusterExchange {
+    static constexpr int OWN = 8 * ROW_TILES / CLUSTER_PARTS;
+    // Sums that are sent and loaded together.
+    static constexpr int TOGETHER = OWN == 3 ? 1 : OWN;
+    static constexpr int STEP_BYTES = WARP_LANES * TOGETHER * sizeof(float);
+    static constexpr int PART_BYTES = OWN / TOGETHER * STEP_BYTES;
+    static constexpr int TILE_BYTES = CLUSTER_PARTS * PART_BYTES;
+
+    const LinearArgs& args;
+    uint32_t sums_place;  // the warp's: [parts][OWN / TOGETHER][lanes][TOGETHER]
+    uint32_t are_there;   // barrier: all parts' sums of a tile
+    uint32_t are_taken;   // barrier: all CTAs have taken what the warp has sent last
+    int rank;
+    int item;             // what was sent last
+    uint32_t count;       // of tiles sent
+
+    static __device__ __forceinline__ constexpr int bytes(int warps) {
+        return warps * (TILE_BYTES + 2 * BARRIER_BYTES) + MOST_MATRICES * int(sizeof(WarpRange));
+    }
+
+    static __device__ __forceinline__ WarpRange* part_ranges(char* memory, int warps) {
+        return reinterpret_cast<WarpRange*>(memory + warps * (TILE_BYTES + 2 * BARRIER_BYTES));
+    }
+
+    __device__ __forceinline__ ClusterExchange(const LinearArgs& args, char* memory, int part, int warp)
+        : args(args),
+          sums_place(shared_address(memory + warp * TILE_BYTES)),
+          are_there(shared_address(memory + blockDim.x / WARP_LANES * TILE_BYTES + warp * 2 * BARRIER_BYTES)),
+          are_taken(are_there + BARRIER_BYTES),
+          rank(part),
+          item(0),
+          count(0) {
+        if (lane_number() == 0) {
+            barrier_init(are_there, 1);
+            barrier_init(are_taken, CLUSTER_PARTS);
+            barriers_are_made();
+            barrier_expect(are_there, TILE_BYTES);
+        }
+    }
+
+    // Until all CTAs of the cluster have made their barriers.
+    __device__ __forceinline__ void meet() { cluster_meet(); }
+
+    // Joins the tile before.
+    __device__ __forceinline__ void between() {
+        if (count == 0) return;
+        join();
+        const int lane = lane_number();
+        if (lane == 0) barrier_expect(are_there, TILE_BYTES);
+        if (lane < CLUSTER_PARTS) barrier_arrive_at(are_taken, lane);
+    }
+
+    __device__ __forceinline__ void after(const Sums<ROW_TILES>& sums, bool has_tile, int done) {
+        if (has_tile) {
+            if (count > 0) barrier_wait(are_taken, (count - 1) & 1);
+            send(sums);
+            item = done;
+            ++count;
+        } else if (count > 0) {
+            // Nobody waits to be told: the other CTAs may have ended.
+            join();
+        }
+    }
+
+    __device__ __forceinline__ void send(const Sums<ROW_TILES>& sums) const {
+        const uint32_t own_place = sums_place + rank * PART_BYTES + lane_number() * TOGETHER * sizeof(float);
+#pragma unroll
+        for (int to = 0; to < CLUSTER_PARTS; ++to) {
+            const uint32_t place = cluster_address(own_place, to);
+            const uint32_t barrier = cluster_address(are_there, to);
+#pragma unroll
+            for (int step = 0; step < OWN / TOGETHER; ++step) {
+                float together[TOGETHER];
+#pragma unroll
+                for (int i = 0; i < TOGETHER; ++i) {
+                    const int of_lane = to * OWN + step * TOGETHER + i;
+                    together[i] = sums[of_lane / 8][of_lane / 4 % 2][of_lane % 4];
+                }
+                send_async(place + step * STEP_BYTES, together, barrier);
+            }
+        }
+    }
+
+    // Waits for all parts of the tile that was sent last, and stores what the CTA has of it.
+    __device__ __forceinline__ void join() const {
+        const LinearMatrix& target = args.matrices[matrix_of(args, item)];
+        const int lane = lane_number();
+        const int first = (item - target.first_item) * TILE_OUTPUTS + lane / 4;
+        float* out[OWN];
+        float before[OWN];
+        float bias[OWN];
+        // All are loaded before any is stored, and asked for before the wait.
+#pragma unroll
+        for (int i = 0; i < OWN; ++i) {
+            // As `Sums` has them.
+            const int of_lane = rank * OWN + i;
+            const int row = of_lane / 8 * ROWS_OF_TILE + lane % 4 * 2 + of_lane % 2;
+            const int output = first + of_lane / 4 % 2 * 16 + of_lane / 2 % 2 * 8;
+            const bool is_there = row < args.rows && output < target.out_features;
+            out[i] = is_there ? target.out + int64_t(row) * target.out_features + output : nullptr;
+            bias[i] = is_there && target.bias != nullptr ? __ldg(target.bias + output) : 0.0f;
+            before[i] = is_there && args.accumulate ? *out[i] : 0.0f;
+        }
+        const float store_scale = args.accumulate ? args.store_scale : 1.0f;
+        barrier_wait(are_there, (count - 1) & 1);
+#pragma unroll
+        for (int step = 0; step < OWN / TOGETHER; ++step) {
+            float parts[CLUSTER_PARTS][TOGETHER];
+#pragma unroll
+            for (int part = 0; part < CLUSTER_PARTS; ++part) {
+                load_floats(sums_place + part * PART_BYTES + step * STEP_BYTES + lane * TOGETHER * sizeof(float),
+                            parts[part]);
+            }
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                const int own = step * TOGETHER + i;
+                const float sum = sum_pairs(CLUSTER_PARTS, [&](int part) { return parts[part][i]; });
+                const float y = fmaf(target.matrix.scale, sum, bias[own]);
+                if (out[own] != nullptr) *out[own] = fmaf(store_scale, y, before[own]);
+            }
+        }
+        __syncwarp();
+    }
+};
+
+}  // namespace oxl
+
+// Bounds as of linear_parts.cu's kernels.
+extern "C" __global__ void __cluster_dims__(oxl::CLUSTER_PARTS, 1, 1) __launch_bounds__(640, 1)
+    oxl_linear_cluster_8(const __grid_constant__ LinearArgs args) {
+    oxl::linear_parts<1, oxl::ClusterExchange<1>>(args);
+}
+
+extern "C" __global__ void __cluster_dims__(oxl::CLUSTER_PARTS, 1, 1) __launch_bounds__(512, 1)
+    oxl_linear_cluster_16(const __grid_constant__ LinearArgs args) {
+    oxl::linear_parts<2, oxl::ClusterExchange<2>>(args);
+}
+
+extern "C" __global__ void __cluster_dims__(oxl::CLUSTER_PARTS, 1, 1) __launch_bounds__(384, 1)
+    oxl_linear_cluster_24(const __grid_constant__ LinearArgs args) {
+    oxl::linear_parts<3, oxl::ClusterExchange<3>>(args);
+}
+
+extern "C" __global__ void __cluster_dims__(oxl::CLUSTER_PARTS, 1, 1) __launch_bounds__(384, 1)
+    oxl_linear_cluster_32(const __grid_constant__ LinearArgs args) {
+    oxl::linear_parts<4, oxl::ClusterExchange<4>>(args);
+}
+
+#endif
