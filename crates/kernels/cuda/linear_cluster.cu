@@ -1,16 +1,21 @@
-// y = store(W x + bias) as `oxl_linear_..` of linear_parts.cu, with a tile's sums joined within a cluster of blocks of
-// threads (CTAs): of compute capability 9.0.
+// y = store(W x + bias) of 9 to 32 rows as `oxl_linear_..` of linear_parts.cu, with a tile's sums joined within a cluster of
+// blocks of threads (CTAs): of compute capability 9.0.
 //
 // A cluster's CTAs have the eight parts of K and the same column tiles. A warp that has done a tile's part sends each
 // CTA its eighth of the sums, straight into that CTA's shared memory, where the warp of the same number joins all parts'
 // and stores them. So no sums go through memory, nobody fences or counts, and all CTAs store. A tile is joined in the
 // middle of the next one, when its sums have long arrived and the registers of sums are free.
 //
-// Launch: clusters of 8 CTAs, as many as the GPU runs at once, at most a tile each; block = 32 * warps, 16 warps at most for
-// up to 8 rows, 12 for more; `parts_shift` 3, `ranges_shift` 4; dynamic shared memory, with R rows up to the next
-// multiple of 8, = warps * (SLOTS * SLOT_BYTES + 256 * R + 16) + 64 * R * part_blocks + 16 * matrices * range_units + 80.
+// Of up to 16 rows gate and up can be gated as in linear.cu: a warp has the same tiles of both. Of more rows that takes
+// longer than the kernel that it saves (on an H100).
+//
+// Launch: clusters of 8 CTAs, as many as the GPU runs at once, at most a tile each; block = 32 * warps, 12 warps at most;
+// `parts_shift` 3, `ranges_shift` 4; dynamic shared memory, with R rows up to the next multiple of 8,
+// = warps * (SLOTS * SLOT_BYTES + 256 * R + 16) + 64 * R * part_blocks + 16 * matrices * range_units + 80, and 16 * R for
+// each of a cluster's tiles of gate.
 #include "bulk.cuh"
 #include "parts.cuh"
+#include "rows.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -34,8 +39,10 @@ __device__ __forceinline__ void load_floats(uint32_t place, float (&x)[COUNT]) {
 }
 
 // A warp's part in joining tiles. `OWN` of a lane's sums of a tile are joined here, those from `rank * OWN` on.
-template <int ROW_TILES>
+// GATED: what is joined of gate waits in shared memory for the same of up.
+template <int ROW_TILES, bool GATED = false>
 struct ClusterExchange {
+    static constexpr bool IS_GATED = GATED;
     static constexpr int OWN = 8 * ROW_TILES / CLUSTER_PARTS;
     // Sums that are sent and loaded together.
     static constexpr int TOGETHER = OWN == 3 ? 1 : OWN;
@@ -48,6 +55,8 @@ struct ClusterExchange {
     uint32_t are_there;   // barrier: all parts' sums of a tile
     uint32_t are_taken;   // barrier: all CTAs have taken what the warp has sent last
     int rank;
+    int first_tile;       // of gate, of the cluster
+    float* gates;         // [tiles of gate, OWN, lanes]
     int item;             // what was sent last
     uint32_t count;       // of tiles sent
 
@@ -59,32 +68,41 @@ struct ClusterExchange {
         return reinterpret_cast<WarpRange*>(memory + warps * (TILE_BYTES + 2 * BARRIER_BYTES));
     }
 
-    __device__ __forceinline__ ClusterExchange(const LinearArgs& args, char* memory, int part, int warp)
+    __device__ __forceinline__ ClusterExchange(const LinearArgs& args, char* memory, int part, int warp,
+                                               int first_item, char* rest)
         : args(args),
           sums_place(shared_address(memory + warp * TILE_BYTES)),
           are_there(shared_address(memory + blockDim.x / WARP_LANES * TILE_BYTES + warp * 2 * BARRIER_BYTES)),
           are_taken(are_there + BARRIER_BYTES),
           rank(part),
+          first_tile(first_item - args.first_item),
+          gates(reinterpret_cast<float*>(rest)),
           item(0),
           count(0) {
         if (lane_number() == 0) {
             barrier_init(are_there, 1);
             barrier_init(are_taken, CLUSTER_PARTS);
             barriers_are_made();
-            barrier_expect(are_there, TILE_BYTES);
         }
     }
 
-    // Until all CTAs of the cluster have made their barriers.
-    __device__ __forceinline__ void meet() { cluster_meet(); }
+    // Waits until all CTAs of the cluster have made their barriers.
+    __device__ __forceinline__ void meet() {
+        cluster_meet();
+        expect();
+    }
+
+    // Announces a tile's sums, some of which may be there already.
+    __device__ __forceinline__ void expect() {
+        if (lane_number() == 0) barrier_expect(are_there, TILE_BYTES);
+    }
 
     // Joins the tile before.
     __device__ __forceinline__ void between() {
         if (count == 0) return;
         join();
-        const int lane = lane_number();
-        if (lane == 0) barrier_expect(are_there, TILE_BYTES);
-        if (lane < CLUSTER_PARTS) barrier_arrive_at(are_taken, lane);
+        expect();
+        if (lane_number() < CLUSTER_PARTS) barrier_arrive_at(are_taken, lane_number());
     }
 
     __device__ __forceinline__ void after(const Sums<ROW_TILES>& sums, bool has_tile, int done) {
@@ -118,12 +136,14 @@ struct ClusterExchange {
         }
     }
 
-    // Waits for all parts of the tile that was sent last, and stores what the CTA has of it.
+    // Waits for all parts of the tile that was sent last, and stores what the CTA has of it; of gate it is kept.
     __device__ __forceinline__ void join() const {
         const LinearMatrix& target = args.matrices[matrix_of(args, item)];
         const int lane = lane_number();
-        const int first = (item - target.first_item) * TILE_OUTPUTS + lane / 4;
-        float* out[OWN];
+        const int tile = item - target.first_item;
+        const int first = tile * TILE_OUTPUTS + lane / 4;
+        const uint32_t* places = IS_GATED ? args.gated_places : nullptr;
+        int at[OWN];  // where it is stored; negative: nowhere
         float before[OWN];
         float bias[OWN];
         // All are loaded before any is stored, and asked for before the wait.
@@ -134,9 +154,10 @@ struct ClusterExchange {
             const int row = of_lane / 8 * ROWS_OF_TILE + lane % 4 * 2 + of_lane % 2;
             const int output = first + of_lane / 4 % 2 * 16 + of_lane / 2 % 2 * 8;
             const bool is_there = row < args.rows && output < target.out_features;
-            out[i] = is_there ? target.out + int64_t(row) * target.out_features + output : nullptr;
+            const int place = places != nullptr && is_there ? int(__ldg(places + output)) : output;
+            at[i] = is_there ? row * target.out_features + place : -1;
             bias[i] = is_there && target.bias != nullptr ? __ldg(target.bias + output) : 0.0f;
-            before[i] = is_there && args.accumulate ? *out[i] : 0.0f;
+            before[i] = !IS_GATED && is_there && args.accumulate ? target.out[at[i]] : 0.0f;
         }
         const float store_scale = args.accumulate ? args.store_scale : 1.0f;
         barrier_wait(are_there, (count - 1) & 1);
@@ -153,7 +174,18 @@ struct ClusterExchange {
                 const int own = step * TOGETHER + i;
                 const float sum = sum_pairs(CLUSTER_PARTS, [&](int part) { return parts[part][i]; });
                 const float y = fmaf(target.matrix.scale, sum, bias[own]);
-                if (out[own] != nullptr) *out[own] = fmaf(store_scale, y, before[own]);
+                if constexpr (IS_GATED) {
+                    // The lane's own: nobody else reads it.
+                    float* gate = gates + ((tile - first_tile) * OWN + own) * WARP_LANES + lane;
+                    if (target.first_item == args.first_item) {
+                        *gate = y;
+                    } else if (at[own] >= 0) {
+                        const float product = __fmul_rn(activate_by_exponent(args.gate, *gate), y);
+                        args.gated[at[own]] = __low2half(clamped_half2(product, 0.0f));
+                    }
+                } else {
+                    if (at[own] >= 0) target.out[at[own]] = fmaf(store_scale, y, before[own]);
+                }
             }
         }
         __syncwarp();
@@ -163,11 +195,6 @@ struct ClusterExchange {
 }  // namespace oxl
 
 // Bounds as of linear_parts.cu's kernels.
-extern "C" __global__ void __cluster_dims__(oxl::CLUSTER_PARTS, 1, 1) __launch_bounds__(640, 1)
-    oxl_linear_cluster_8(const __grid_constant__ LinearArgs args) {
-    oxl::linear_parts<1, oxl::ClusterExchange<1>>(args);
-}
-
 extern "C" __global__ void __cluster_dims__(oxl::CLUSTER_PARTS, 1, 1) __launch_bounds__(512, 1)
     oxl_linear_cluster_16(const __grid_constant__ LinearArgs args) {
     oxl::linear_parts<2, oxl::ClusterExchange<2>>(args);
@@ -181,6 +208,12 @@ extern "C" __global__ void __cluster_dims__(oxl::CLUSTER_PARTS, 1, 1) __launch_b
 extern "C" __global__ void __cluster_dims__(oxl::CLUSTER_PARTS, 1, 1) __launch_bounds__(384, 1)
     oxl_linear_cluster_32(const __grid_constant__ LinearArgs args) {
     oxl::linear_parts<4, oxl::ClusterExchange<4>>(args);
+}
+
+// Of gate and up, two matrices of as many outputs, whole tiles of them: activation(gate) * up.
+extern "C" __global__ void __cluster_dims__(oxl::CLUSTER_PARTS, 1, 1) __launch_bounds__(512, 1)
+    oxl_linear_cluster_gated_16(const __grid_constant__ LinearArgs args) {
+    oxl::linear_parts<2, oxl::ClusterExchange<2, true>>(args);
 }
 
 #endif

@@ -77,6 +77,8 @@ template <int ROW_TILES>
 struct TileReporter {
     using Memory = SumsInMemory<ROW_TILES>;
 
+    static constexpr bool IS_GATED = false;
+
     const LinearArgs& args;
     int written;  // the tile that is, and is not reported; negative: none
 
@@ -88,7 +90,7 @@ struct TileReporter {
         return ranges;
     }
 
-    __device__ __forceinline__ TileReporter(const LinearArgs& args, char*, int, int)
+    __device__ __forceinline__ TileReporter(const LinearArgs& args, char*, int, int, int, char*)
         : args(args), written(-1) {}
 
     __device__ __forceinline__ void meet() {}

@@ -111,8 +111,8 @@ __device__ __forceinline__ void take_range(Sums<ROW_TILES>& sums, int number, in
 
 // The sums of a tile over the part, in `stream.sums`. `between()` is called whenever those of a range, but the last, lie
 // in shared memory.
-template <int ROW_TILES, typename Between>
-__device__ __forceinline__ void multiply_part(Stream<ROW_TILES>& stream, const Unit* unit,
+template <int ROW_TILES, bool IS_GATED, typename Between>
+__device__ __forceinline__ void multiply_part(Stream<ROW_TILES, IS_GATED>& stream, const Unit* unit,
                                               const Unit* units_end, int ranges,
                                               const char* x_lane, float4* waiting,
                                               Between between) {
@@ -146,7 +146,8 @@ __device__ __forceinline__ int end_of_rows(const LinearArgs& args, int item, int
 }
 
 // What a warp does with a tile's sums of its part is an `Exchange`'s matter, which has shared memory of the CTA for that:
-//   bytes(warps)                so many bytes
+//   IS_GATED                    whether the matrices are gate and up: a warp has the same tiles of both, first those of gate
+//   bytes(warps)                so many bytes; and what lies behind all else
 //   part_ranges(memory, warps)  room for what the part has of each matrix
 //   meet()                      before earlier kernels are waited for
 //   between()                   when a range of a tile, but the last, is done, and the sums lie in shared memory
@@ -163,8 +164,12 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
     const int part = int(blockIdx.x) & ((1 << args.parts_shift) - 1);
     const int share = int(blockIdx.x) >> args.parts_shift;
     const int shares = int(gridDim.x) >> args.parts_shift;
-    const int first_item = args.first_item + args.items * share / shares;
-    const int item_end = args.first_item + args.items * (share + 1) / shares;
+    const int items = Exchange::IS_GATED ? args.items / 2 : args.items;
+    const int first_item = args.first_item + items * share / shares;
+    int item_end = args.first_item + items * (share + 1) / shares;
+    const int count = item_end - first_item;
+    // Of up.
+    if (Exchange::IS_GATED) item_end += items;
     const int ranges = 1 << (args.ranges_shift - args.parts_shift);
 
     // Sums that wait for their neighbours: of one, two or no ranges.
@@ -174,8 +179,9 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
     auto* all_waiting = reinterpret_cast<float4*>(exchanged + Exchange::bytes(warps));
     char* x = reinterpret_cast<char*>(all_waiting + warps * warp_fours);
     Unit* units = reinterpret_cast<Unit*>(x + args.part_blocks * BLOCK_BYTES);
-    Exchange exchange(args, exchanged, part, warp);
     const int matrix_units = ranges * args.range_units;
+    Exchange exchange(args, exchanged, part, warp, first_item,
+                      reinterpret_cast<char*>(units + args.matrix_count * matrix_units));
     const int first_index = matrix_of(args, first_item);
     int matrix_end = first_index;
 #pragma unroll 1
@@ -186,11 +192,18 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
                matrix_units, part_of);
     __syncthreads();
     char* ring = shared + warp * SLOTS * SLOT_BYTES;
-    Stream<ROW_TILES> stream = {args, ring, units, part_of, matrix_units, lane, item_end};
+    Stream<ROW_TILES, Exchange::IS_GATED> stream = {args, ring, units, part_of, matrix_units, lane, item_end};
     stream.x.block_bytes = BLOCK_BYTES;
     stream.slot = 0;
     stream.cursor.stride = warps;
     int item = first_item + warp;
+    if (Exchange::IS_GATED) {
+        // The warp's first item past those of gate is none of its own; from there to its first of up.
+        const int gates = max((count - warp + warps - 1) / warps, 0) * warps;
+        stream.gate_end = item + gates;
+        stream.skip = items - gates;
+        if (gates == 0) item = item_end;
+    }
     stream.start(item, first_index);
     exchange.meet();
     dependency_wait();
@@ -201,7 +214,7 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
     int x_end = first_item;
     // Once for each of the warp's tiles, and once more for what is left of the last.
 #pragma unroll 1
-    for (;; item += warps) {
+    for (;;) {
         while (item >= x_end && x_end < item_end) {
             // Not before all are past the activations that are there.
             if (x_end != first_item) __syncthreads();
@@ -219,6 +232,8 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
         }
         exchange.after(stream.sums, has_tile, item);
         if (!has_tile) return;
+        item += warps;
+        if (Exchange::IS_GATED && item == stream.gate_end) item += stream.skip;
     }
 }
 

@@ -66,6 +66,16 @@ fn mlps() -> Vec<Mlp> {
                 typical(12_672, 96, 57),
             ],
         },
+        // Inputs and outputs for a large GPU's workers of 9 to 16 rows.
+        Mlp {
+            words: "EXL2 of many inputs and outputs",
+            rows: &[9, 16],
+            linears: [
+                typical(1024, 9984, 58),
+                typical(1024, 9984, 58),
+                exl2(vec![region(4, 9984, 128)], 96, Some(59)),
+            ],
+        },
         Mlp {
             words: "GPTQ",
             rows: &ROWS,

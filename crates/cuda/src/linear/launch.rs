@@ -8,7 +8,8 @@ use super::handover::Reader;
 use super::layout::{TILE_OUTPUTS, TileMatrix};
 use super::many::ManyKernels;
 use super::plan::{
-    CLUSTER_PARTS, Division, Kind, LaunchShape, Limits, MOST_WARPS, ROWS_OF_TILE, most_shared_bytes,
+    CLUSTER_PARTS, CLUSTER_WARPS, Division, Kind, LaunchShape, Limits, ROWS_OF_TILE,
+    most_shared_bytes,
 };
 use super::scratch::{LinearScratch, ManyRows};
 use super::{CudaLinear, MOST_MATRICES};
@@ -141,8 +142,10 @@ impl LinearKernels {
 /// The entries of `linear_cluster.cu`.
 #[derive(Debug, Clone, Copy)]
 struct ClusterKernels {
-    /// Up to 8, 16, 24 and 32 rows.
-    kernels: [Kernel; 4],
+    /// 9 to 16, 24 and 32 rows.
+    kernels: [Kernel; 3],
+    /// 9 to 16 rows of gate and up.
+    gated: Kernel,
     /// Clusters that run at once.
     clusters: usize,
 }
@@ -152,19 +155,26 @@ impl ClusterKernels {
     fn find(modules: &Modules, gpu: &GpuInfo) -> Result<Option<Self>, CudaUnavailable> {
         let shared_bytes = most_shared_bytes(gpu);
         let names = [
-            "oxl_linear_cluster_8",
             "oxl_linear_cluster_16",
             "oxl_linear_cluster_24",
             "oxl_linear_cluster_32",
         ];
-        let entries = names.map(|name| (name, shared_bytes));
-        let Some(kernels) = modules.kernels_if_any("linear_cluster", entries)? else {
+        let gated = [("oxl_linear_cluster_gated_16", shared_bytes)];
+        let names = names.map(|name| (name, shared_bytes));
+        let (Some(kernels), Some([gated])) = (
+            modules.kernels_if_any("linear_cluster", names)?,
+            modules.kernels_if_any("linear_cluster", gated)?,
+        ) else {
             return Ok(None);
         };
         // All take a multiprocessor each.
-        let threads = 32 * MOST_WARPS;
+        let threads = 32 * CLUSTER_WARPS;
         let clusters = modules.most_clusters(kernels[0], CLUSTER_PARTS, threads, shared_bytes)?;
-        Ok(Some(Self { kernels, clusters }))
+        Ok(Some(Self {
+            kernels,
+            gated,
+            clusters,
+        }))
     }
 }
 
@@ -416,12 +426,13 @@ impl CudaDevice {
         let (kernel, parts, shares, most_tiles) = match (division.kind, &kernels.cluster) {
             (Kind::Few { .. }, _) if is_gated => (kernels.few_gated, 1, multiprocessors, tiles),
             (Kind::Few { .. }, _) => (kernels.few, 1, multiprocessors, tiles),
-            (Kind::Cluster { clusters, .. }, Some(cluster)) => (
-                cluster.kernels[row_tiles - 1],
-                CLUSTER_PARTS,
-                clusters,
-                tiles,
-            ),
+            (Kind::Cluster { clusters, .. }, Some(cluster)) => {
+                let kernel = match is_gated {
+                    true => cluster.gated,
+                    false => cluster.kernels[row_tiles - 2],
+                };
+                (kernel, CLUSTER_PARTS, clusters, tiles)
+            }
             (Kind::Cluster { .. }, None) => unreachable!("clusters without kernels of them"),
             (Kind::Parts { parts, .. }, _) => {
                 let shares = (multiprocessors / parts).max(1);

@@ -28,6 +28,9 @@ const MOST_PART_RANGES: usize = 4;
 /// Blocks of threads (CTAs) of a cluster, each of which has a part of K; `CLUSTER_PARTS` in `linear_cluster.cu`.
 pub(crate) const CLUSTER_PARTS: usize = 8;
 
+/// Warps of such a CTA, at most.
+pub(crate) const CLUSTER_WARPS: usize = 12;
+
 /// Ranges of each of those parts: no other plans have kernels.
 const CLUSTER_RANGES: usize = MOST_WARPS / CLUSTER_PARTS;
 
@@ -82,7 +85,8 @@ pub(crate) struct LaunchShape {
     pub(crate) tiles: usize,
     /// Units of the range that has most of them; no more than blocks.
     pub(crate) range_units: usize,
-    /// Whether they are gate and up of as many outputs, whose gated product is stored: by `oxl_linear_few_gated`.
+    /// Whether they are gate and up of as many outputs, whose gated product is stored: by `oxl_linear_few_gated` or
+    /// `oxl_linear_cluster_gated_16`.
     pub(crate) is_gated: bool,
 }
 
@@ -168,9 +172,11 @@ impl Plan {
         let rows = shape.rows.div_ceil(launches.max(1));
         let few = |rows| self.few(LaunchShape { rows, ..shape }, limits);
         if shape.is_gated {
-            return (shape.rows <= ROWS_OF_TILE)
-                .then(|| few(shape.rows))
-                .flatten();
+            return match shape.rows.div_ceil(ROWS_OF_TILE) {
+                0 | 1 => few(shape.rows),
+                2 => self.gated_cluster(shape, limits),
+                _ => None,
+            };
         }
         let parts = |rows: usize| {
             let row_tiles = rows.div_ceil(ROWS_OF_TILE);
@@ -242,6 +248,20 @@ impl Plan {
         })
     }
 
+    /// Gate and up of 9 to 16 rows by clusters, if gating them costs less than the kernel that is saved.
+    fn gated_cluster(&self, shape: LaunchShape, limits: Limits) -> Option<Division> {
+        /// Blocks that a warp could multiply meanwhile: 5 us.
+        const BLOCKS_OF_A_KERNEL: usize = 8;
+        let warps = limits.most_warps(shape.rows);
+        let (cost, division) = self.in_cluster(shape, warps, limits)?;
+        let alone = LaunchShape {
+            is_gated: false,
+            ..shape
+        };
+        let (cost_alone, _) = self.in_cluster(alone, warps, limits)?;
+        (cost <= cost_alone + BLOCKS_OF_A_KERNEL).then_some(division)
+    }
+
     /// The parts of a cluster by up to so many warps, and what that costs; `None` if it does not fit.
     fn in_cluster(
         &self,
@@ -249,12 +269,12 @@ impl Plan {
         warps: usize,
         limits: Limits,
     ) -> Option<(usize, Division)> {
-        /// Blocks that could be multiplied while a tile's sums are sent and joined.
-        const BLOCKS_OF_A_TILE: usize = 8;
         /// A warp's barriers, and what a CTA has of the matrices (`ClusterExchange::bytes`).
         const BARRIER_BYTES: usize = 16;
         const RANGES_BYTES: usize = 16 * MOST_MATRICES;
-        if limits.clusters == 0 || self.ranges != CLUSTER_PARTS * CLUSTER_RANGES {
+        // Of fewer rows sums are few, and those in memory cost less than the multiprocessors that are in no cluster.
+        let are_few = shape.rows <= ROWS_OF_TILE;
+        if are_few || limits.clusters == 0 || self.ranges != CLUSTER_PARTS * CLUSTER_RANGES {
             return None;
         }
         let padded_rows = shape.rows.next_multiple_of(ROWS_OF_TILE);
@@ -263,14 +283,27 @@ impl Plan {
         let warp_bytes = RING_BYTES + 2 * padded_rows * ROW_SUM_BYTES + BARRIER_BYTES;
         let table_bytes = shape.matrices * CLUSTER_RANGES * shape.range_units * UNIT_ENTRY_BYTES;
         let fixed = part_blocks * padded_rows * ROW_BLOCK_BYTES + table_bytes + RANGES_BYTES;
-        let fitting_warps = limits.shared_bytes.checked_sub(fixed)? / warp_bytes;
-        let clusters = limits.clusters.min(shape.tiles);
-        let cluster_tiles = shape.tiles.div_ceil(clusters);
-        let warps = warps.min(fitting_warps).min(cluster_tiles);
+        // Of gate and of up a warp has as many.
+        let matrices_apart = if shape.is_gated { 2 } else { 1 };
+        let tiles = shape.tiles / matrices_apart;
+        let clusters = limits.clusters.min(tiles);
+        let cluster_tiles = tiles.div_ceil(clusters.max(1));
+        let gated_bytes = if shape.is_gated {
+            cluster_tiles * padded_rows * ROW_SUM_BYTES / CLUSTER_PARTS
+        } else {
+            0
+        };
+        let fitting_warps = limits.shared_bytes.checked_sub(fixed + gated_bytes)? / warp_bytes;
+        let warps = warps
+            .min(CLUSTER_WARPS)
+            .min(fitting_warps)
+            .min(cluster_tiles);
         if warps == 0 {
             return None;
         }
-        let cost = cluster_tiles.div_ceil(warps) * (part_blocks + BLOCKS_OF_A_TILE);
+        let rounds = matrices_apart * cluster_tiles.div_ceil(warps);
+        // Tiles' sums are joined beside others' products.
+        let cost = rounds * part_blocks;
         let division = Division {
             rows: shape.rows,
             kind: Kind::Cluster {
@@ -278,7 +311,7 @@ impl Plan {
                 clusters,
             },
             warps,
-            shared_bytes: fixed + warps * warp_bytes,
+            shared_bytes: fixed + warps * warp_bytes + gated_bytes,
         };
         Some((cost, division))
     }
@@ -504,11 +537,41 @@ mod tests {
         };
         assert_eq!(division(128, 384, 8, limits), (8, 16, 0));
         assert_eq!(division(344, 128, 8, limits), (8, 16, 16));
-        // A cluster has 26 tiles, which are three rounds of twelve warps.
-        assert_eq!(division(128, 384, 32, limits), (32, 12, 4));
+        // A cluster has 26 tiles: three rounds of twelve warps. With 33 shares of four parts it would be one of twice
+        // as many blocks, and sums in memory.
+        assert_eq!(division(128, 384, 32, limits), (32, 12, 1500));
         assert_eq!(division(128, 688, 32, limits), (32, 12, 1500));
         assert_eq!(division(128, 128, 32, limits), (32, 9, 1500));
         assert_eq!(division(64, 8, 32, limits), (32, 1, 800));
+        let gated = |blocks, tiles, rows, limits: Limits| {
+            let plan = Plan::of(blocks, limits.shared_bytes);
+            let shape = LaunchShape {
+                rows,
+                matrices: 2,
+                tiles,
+                range_units: plan.range_blocks.div_ceil(4),
+                is_gated: true,
+            };
+            let division = plan.divide(shape, limits)?;
+            Some((
+                division.warps,
+                matches!(division.kind, Kind::Cluster { .. }),
+            ))
+        };
+        assert_eq!(gated(128, 688, 8, limits), Some((16, false)));
+        assert_eq!(gated(128, 688, 9, limits), Some((12, true)));
+        assert_eq!(gated(128, 688, 16, limits), Some((12, true)));
+        assert_eq!(gated(128, 688, 17, limits), None);
+        // Thirty tiles of each are six rounds instead of five.
+        assert_eq!(gated(128, 896, 16, limits), None);
+        // As the conformance suite's, here and on a small GPU.
+        let small = Limits {
+            clusters: 2,
+            ..limits
+        };
+        for limits in [limits, small] {
+            assert_eq!(gated(32, 624, 9, limits), Some((12, true)));
+        }
         // Its rows leave room for four warps.
         assert_eq!(division(688, 256, 32, limits), (32, 12, 16));
     }
