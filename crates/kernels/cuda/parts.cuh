@@ -145,6 +145,16 @@ __device__ __forceinline__ int end_of_rows(const LinearArgs& args, int item, int
     return min(item, item_end);
 }
 
+// How many matrices from `first_index` on have tiles before `item_end`: one at least.
+__device__ __forceinline__ int matrices_until(const LinearArgs& args, int first_index, int item_end) {
+    int end = first_index;
+#pragma unroll 1
+    do {
+        ++end;
+    } while (end < args.matrix_count && args.matrices[end].first_item < item_end);
+    return end - first_index;
+}
+
 // What a warp does with a tile's sums of its part is an `Exchange`'s matter, which has shared memory of the CTA for that:
 //   IS_GATED                    whether the matrices are gate and up: a warp has the same tiles of both, first those of gate
 //   bytes(warps)                so many bytes; and what lies behind all else
@@ -183,13 +193,8 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
     Exchange exchange(args, exchanged, part, warp, first_item,
                       reinterpret_cast<char*>(units + args.matrix_count * matrix_units));
     const int first_index = matrix_of(args, first_item);
-    int matrix_end = first_index;
-#pragma unroll 1
-    do {
-        ++matrix_end;
-    } while (matrix_end < args.matrix_count && args.matrices[matrix_end].first_item < item_end);
-    load_parts(args, first_index, matrix_end - first_index, part * ranges, ranges, units,
-               matrix_units, part_of);
+    const int matrices = matrices_until(args, first_index, item_end);
+    load_parts(args, first_index, matrices, part * ranges, ranges, units, matrix_units, part_of);
     __syncthreads();
     char* ring = shared + warp * SLOTS * SLOT_BYTES;
     Stream<ROW_TILES, Exchange::IS_GATED> stream = {args, ring, units, part_of, matrix_units, lane, item_end};
