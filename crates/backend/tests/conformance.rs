@@ -12,7 +12,7 @@ use oxllama_memory::{Bytes, DeviceId, Ledger};
 
 fn small_device() -> (ReferenceDevice, Ledger) {
     let id = DeviceId::cpu(0);
-    let ledger = Ledger::for_device(id.clone(), Bytes::from_mib(64));
+    let ledger = Ledger::for_device(id.clone(), Bytes::from_mib(256));
     (ReferenceDevice::new(id), ledger)
 }
 
