@@ -217,7 +217,7 @@ __device__ __forceinline__ void store_gated(const LinearArgs& args, const float*
                 *gate = y;
                 continue;
             }
-            const float product = __fmul_rn(activate_by_exponent(args.gate, *gate), y);
+            const float product = gated_product(args.gate, *gate, y);
             __half* out = args.gated + int64_t(row) * width;
             out[gated.places[tile * TILE_OUTPUTS + lane]] = __low2half(clamped_half2(product, 0.0f));
         }

@@ -36,7 +36,7 @@ struct LinearMatrix {
 struct LinearArgs {
     float* partials;     // [items, 2^parts_shift, rows up to a multiple of 8, TILE_OUTPUTS]
     uint32_t* counters;  // [items], zero before and after every launch
-    __half* gated;       // of `oxl_linear_few_gated`: [rows, outputs of gate], in the next linear's order
+    __half* gated;       // of gated products: [rows, outputs of gate], in the next linear's order
     const uint32_t* gated_places;  // the place of each output there; null: its own
     int32_t matrix_count;
     int32_t rows;
@@ -51,7 +51,7 @@ struct LinearArgs {
     int32_t tile_buffers;  // of `oxl_linear_few`: tiles whose sums have room in shared memory
     int32_t parts_shift;   // of `oxl_linear_..`: 2^parts_shift CTAs share a tile's K
     int32_t part_blocks;   // of the longest part of K
-    int32_t gate;          // of `oxl_linear_few_gated`: ACTIVATION_...
+    int32_t gate;          // of gated products: ACTIVATION_...
     LinearMatrix matrices[oxl::MOST_MATRICES];
 };
 

@@ -68,15 +68,15 @@ struct ClusterExchange {
         return reinterpret_cast<WarpRange*>(memory + warps * (TILE_BYTES + 2 * BARRIER_BYTES));
     }
 
-    __device__ __forceinline__ ClusterExchange(const LinearArgs& args, char* memory, int part, int warp,
-                                               int first_item, char* rest)
+    __device__ __forceinline__ ClusterExchange(const LinearArgs& args, const PartWarp& own)
         : args(args),
-          sums_place(shared_address(memory + warp * TILE_BYTES)),
-          are_there(shared_address(memory + blockDim.x / WARP_LANES * TILE_BYTES + warp * 2 * BARRIER_BYTES)),
+          sums_place(shared_address(own.memory + own.warp * TILE_BYTES)),
+          are_there(shared_address(own.memory + blockDim.x / WARP_LANES * TILE_BYTES +
+                                   own.warp * 2 * BARRIER_BYTES)),
           are_taken(are_there + BARRIER_BYTES),
-          rank(part),
-          first_tile(first_item - args.first_item),
-          gates(reinterpret_cast<float*>(rest)),
+          rank(own.part),
+          first_tile(own.first_item - args.first_item),
+          gates(reinterpret_cast<float*>(own.rest)),
           item(0),
           count(0) {
         if (lane_number() == 0) {
@@ -180,7 +180,7 @@ struct ClusterExchange {
                     if (target.first_item == args.first_item) {
                         *gate = y;
                     } else if (at[own] >= 0) {
-                        const float product = __fmul_rn(activate_by_exponent(args.gate, *gate), y);
+                        const float product = gated_product(args.gate, *gate, y);
                         args.gated[at[own]] = __low2half(clamped_half2(product, 0.0f));
                     }
                 } else {

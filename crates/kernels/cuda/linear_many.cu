@@ -267,7 +267,7 @@ __device__ __forceinline__ void store_gated(const LinearManyArgs& args, const Li
         const float4 u = four_of(up_room, lane);
         meet_partner(warp);
         const auto gated = [&](float x, float y) {
-            return __fmul_rn(activate_by_exponent(args.gate, x), y);
+            return gated_product(args.gate, x, y);
         };
         const __half2 low = clamped_half2(gated(g.x, u.x), gated(g.y, u.y));
         const __half2 high = clamped_half2(gated(g.z, u.z), gated(g.w, u.w));

@@ -90,7 +90,7 @@ struct TileReporter {
         return ranges;
     }
 
-    __device__ __forceinline__ TileReporter(const LinearArgs& args, char*, int, int, int, char*)
+    __device__ __forceinline__ TileReporter(const LinearArgs& args, const PartWarp&)
         : args(args), written(-1) {}
 
     __device__ __forceinline__ void meet() {}

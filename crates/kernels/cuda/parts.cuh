@@ -155,9 +155,18 @@ __device__ __forceinline__ int matrices_until(const LinearArgs& args, int first_
     return end - first_index;
 }
 
-// What a warp does with a tile's sums of its part is an `Exchange`'s matter, which has shared memory of the CTA for that:
+// A warp of a CTA that has a part of K.
+struct PartWarp {
+    int part;
+    int warp;
+    int first_item;  // of the CTA
+    char* memory;    // shared memory of the CTA's `Exchange`s
+    char* rest;      // and what lies behind all else
+};
+
+// What a warp does with a tile's sums of its part is an `Exchange`'s matter, made for a `PartWarp`:
 //   IS_GATED                    whether the matrices are gate and up: a warp has the same tiles of both, first those of gate
-//   bytes(warps)                so many bytes; and what lies behind all else
+//   bytes(warps)                of a CTA's shared memory
 //   part_ranges(memory, warps)  room for what the part has of each matrix
 //   meet()                      before earlier kernels are waited for
 //   between()                   when a range of a tile, but the last, is done, and the sums lie in shared memory
@@ -190,8 +199,8 @@ __device__ __forceinline__ void linear_parts(const LinearArgs& args) {
     char* x = reinterpret_cast<char*>(all_waiting + warps * warp_fours);
     Unit* units = reinterpret_cast<Unit*>(x + args.part_blocks * BLOCK_BYTES);
     const int matrix_units = ranges * args.range_units;
-    Exchange exchange(args, exchanged, part, warp, first_item,
-                      reinterpret_cast<char*>(units + args.matrix_count * matrix_units));
+    char* rest = reinterpret_cast<char*>(units + args.matrix_count * matrix_units);
+    Exchange exchange(args, PartWarp{part, warp, first_item, exchanged, rest});
     const int first_index = matrix_of(args, first_item);
     const int matrices = matrices_until(args, first_index, item_end);
     load_parts(args, first_index, matrices, part * ranges, ranges, units, matrix_units, part_of);

@@ -226,7 +226,7 @@ __device__ __forceinline__ void clear(Sums<ROW_TILES>& sums) {
     }
 }
 
-// A warp's stream of units through its ring, multiplied in turn. IS_GATED: the CTA has tiles of gate, then as many of up.
+// A warp's stream of units through its ring, multiplied in turn. IS_GATED: it has tiles of gate, then as many of up.
 template <int ROW_TILES, bool IS_GATED = false>
 struct Stream {
     // Blocks of a full unit that are multiplied without a branch between them.
@@ -243,7 +243,7 @@ struct Stream {
     int slot;  // of the next unit to multiply
     SharedRows x;
     Sums<ROW_TILES> sums;
-    // If it is gated: the first item past the CTA's of gate, and how many are between it and those of up.
+    // If it is gated: the first item past its own of gate, and how many are between it and those of up.
     int gate_end;
     int skip;
 
