@@ -137,6 +137,20 @@ impl LinearKernels {
             repack_gptq_scales: repack("oxl_repack_gptq_scales")?,
         })
     }
+
+    /// `None` for a cluster where the GPU has no such kernels: no division is one there ([`Limits::clusters`]).
+    fn of_division(&self, division: Division, is_gated: bool) -> Option<Kernel> {
+        let row_tiles = division.rows.div_ceil(ROWS_OF_TILE);
+        match division.kind {
+            Kind::Few { .. } if is_gated => Some(self.few_gated),
+            Kind::Few { .. } => Some(self.few),
+            Kind::Parts {
+                in_cluster: false, ..
+            } => Some(self.parts[row_tiles - 1]),
+            Kind::Parts { .. } if is_gated => Some(self.cluster?.gated),
+            Kind::Parts { .. } => Some(self.cluster?.kernels[row_tiles - 2]),
+        }
+    }
 }
 
 /// The entries of `linear_cluster.cu`.
@@ -376,8 +390,9 @@ impl CudaDevice {
             };
             let (tile_buffers, parts, part_blocks) = match division.kind {
                 Kind::Few { tile_buffers } => (tile_buffers, 1, 0),
-                Kind::Cluster { part_blocks, .. } => (0, CLUSTER_PARTS, part_blocks),
-                Kind::Parts { parts, part_blocks } => (0, parts, part_blocks),
+                Kind::Parts {
+                    parts, part_blocks, ..
+                } => (0, parts, part_blocks),
             };
             let args = LinearArgs {
                 partials: scratch.partial_sums(),
@@ -418,31 +433,20 @@ impl CudaDevice {
         mut args: LinearArgs,
         scratch: &LinearScratch,
     ) -> Result<(), DeviceError> {
-        let kernels = &self.kernels().linear;
-        let row_tiles = division.rows.div_ceil(ROWS_OF_TILE);
-        let multiprocessors = self.info().multiprocessors;
+        let kernel = self
+            .kernels()
+            .linear
+            .of_division(division, is_gated)
+            .expect("a division has a kernel");
         let tiles = args.items as usize;
-        // The kernel, CTAs that have the parts of the same tiles, how many times, and tiles that sums have room for.
-        let (kernel, parts, shares, most_tiles) = match (division.kind, &kernels.cluster) {
-            (Kind::Few { .. }, _) if is_gated => (kernels.few_gated, 1, multiprocessors, tiles),
-            (Kind::Few { .. }, _) => (kernels.few, 1, multiprocessors, tiles),
-            (Kind::Cluster { clusters, .. }, Some(cluster)) => {
-                let kernel = match is_gated {
-                    true => cluster.gated,
-                    false => cluster.kernels[row_tiles - 2],
-                };
-                (kernel, CLUSTER_PARTS, clusters, tiles)
-            }
-            (Kind::Cluster { .. }, None) => unreachable!("clusters without kernels of them"),
-            (Kind::Parts { parts, .. }, _) => {
-                let shares = (multiprocessors / parts).max(1);
-                (
-                    kernels.parts[row_tiles - 1],
-                    parts,
-                    shares,
-                    scratch.partials / parts,
-                )
-            }
+        let (parts, most_tiles) = match division.kind {
+            Kind::Few { .. } => (1, tiles),
+            Kind::Parts {
+                in_cluster: false,
+                parts: parts @ 2..,
+                ..
+            } => (parts, scratch.partials / parts),
+            Kind::Parts { parts, .. } => (parts, tiles),
         };
         // Of gate and of up a CTA has as many.
         let tiles_apart = if is_gated { 2 } else { 1 };
@@ -452,7 +456,10 @@ impl CudaDevice {
             args.items = items as i32;
             let launch = Launch {
                 shared_bytes: division.shared_bytes,
-                ..Launch::linear(parts * shares.min(items / tiles_apart), division.warps * 32)
+                ..Launch::linear(
+                    parts * division.shares.min(items / tiles_apart),
+                    division.warps * 32,
+                )
             };
             // SAFETY: the structure is the kernel's; its partial sums have room; the rest is the
             // caller's promise.

@@ -99,6 +99,8 @@ pub(crate) struct Division {
     pub(crate) kind: Kind,
     /// Warps of a CTA.
     pub(crate) warps: usize,
+    /// Equal shares of the tiles at most, each of one CTA or of those that have the parts of K.
+    pub(crate) shares: usize,
     /// Dynamic shared memory of a CTA.
     pub(crate) shared_bytes: usize,
 }
@@ -111,15 +113,10 @@ pub(crate) enum Kind {
         /// Tiles whose sums are joined at once.
         tile_buffers: usize,
     },
-    /// `oxl_linear_cluster_..`: the CTAs of a cluster have the parts of K, [`CLUSTER_PARTS`].
-    Cluster {
-        /// Blocks of the longest part.
-        part_blocks: usize,
-        /// How many clusters.
-        clusters: usize,
-    },
     /// The others: a CTA has a part of K.
     Parts {
+        /// Whether the CTAs that have them are a cluster, by `oxl_linear_cluster_..`.
+        in_cluster: bool,
         /// Parts of K: a power of two.
         parts: usize,
         /// Blocks of the longest part.
@@ -230,6 +227,7 @@ impl Plan {
             rows,
             kind: Kind::Few { tile_buffers },
             warps: self.ranges,
+            shares: limits.multiprocessors,
             shared_bytes: self.ranges * (fixed + tile_buffers * sum_bytes) + gated_bytes,
         })
     }
@@ -277,23 +275,21 @@ impl Plan {
         if are_few || limits.clusters == 0 || self.ranges != CLUSTER_PARTS * CLUSTER_RANGES {
             return None;
         }
-        let padded_rows = shape.rows.next_multiple_of(ROWS_OF_TILE);
-        let part_blocks = self.blocks.div_ceil(CLUSTER_PARTS);
-        // Sums of a range that wait for the other's, and of all parts that a CTA joins.
-        let warp_bytes = RING_BYTES + 2 * padded_rows * ROW_SUM_BYTES + BARRIER_BYTES;
-        let table_bytes = shape.matrices * CLUSTER_RANGES * shape.range_units * UNIT_ENTRY_BYTES;
-        let fixed = part_blocks * padded_rows * ROW_BLOCK_BYTES + table_bytes + RANGES_BYTES;
+        let part = self.part(shape, CLUSTER_PARTS);
+        // What a CTA joins of a tile: its share of the sums of all parts.
+        let warp_bytes = part.warp_bytes + part.sum_bytes + BARRIER_BYTES;
         // Of gate and of up a warp has as many.
         let matrices_apart = if shape.is_gated { 2 } else { 1 };
         let tiles = shape.tiles / matrices_apart;
         let clusters = limits.clusters.min(tiles);
         let cluster_tiles = tiles.div_ceil(clusters.max(1));
         let gated_bytes = if shape.is_gated {
-            cluster_tiles * padded_rows * ROW_SUM_BYTES / CLUSTER_PARTS
+            cluster_tiles * part.sum_bytes / CLUSTER_PARTS
         } else {
             0
         };
-        let fitting_warps = limits.shared_bytes.checked_sub(fixed + gated_bytes)? / warp_bytes;
+        let fixed_bytes = part.fixed_bytes + RANGES_BYTES + gated_bytes;
+        let fitting_warps = limits.shared_bytes.checked_sub(fixed_bytes)? / warp_bytes;
         let warps = warps
             .min(CLUSTER_WARPS)
             .min(fitting_warps)
@@ -303,15 +299,17 @@ impl Plan {
         }
         let rounds = matrices_apart * cluster_tiles.div_ceil(warps);
         // Tiles' sums are joined beside others' products.
-        let cost = rounds * part_blocks;
+        let cost = rounds * part.blocks;
         let division = Division {
             rows: shape.rows,
-            kind: Kind::Cluster {
-                part_blocks,
-                clusters,
+            kind: Kind::Parts {
+                in_cluster: true,
+                parts: CLUSTER_PARTS,
+                part_blocks: part.blocks,
             },
             warps,
-            shared_bytes: fixed + warps * warp_bytes + gated_bytes,
+            shares: clusters,
+            shared_bytes: fixed_bytes + warps * warp_bytes,
         };
         Some((cost, division))
     }
@@ -326,24 +324,52 @@ impl Plan {
     ) -> Option<(usize, Division)> {
         /// Blocks that could be multiplied while a tile's sums are written, reported and joined.
         const BLOCKS_OF_A_TILE: usize = 20;
-        let padded_rows = shape.rows.next_multiple_of(ROWS_OF_TILE);
-        let ranges = self.ranges / parts;
-        let part_blocks = self.blocks.div_ceil(parts);
-        let waiting_bytes = ranges / 2 * padded_rows * ROW_SUM_BYTES;
-        let table_bytes = shape.matrices * ranges * shape.range_units * UNIT_ENTRY_BYTES;
-        let x_bytes = part_blocks * padded_rows * ROW_BLOCK_BYTES;
-        let shared_bytes = warps * (RING_BYTES + waiting_bytes) + x_bytes + table_bytes;
+        let part = self.part(shape, parts);
+        let shared_bytes = part.fixed_bytes + warps * part.warp_bytes;
         let shares = (limits.multiprocessors / parts).max(1);
         let tiles_of_warp = shape.tiles.div_ceil(shares).div_ceil(warps);
-        let cost = tiles_of_warp * (part_blocks + BLOCKS_OF_A_TILE);
+        let cost = tiles_of_warp * (part.blocks + BLOCKS_OF_A_TILE);
         let division = Division {
             rows: shape.rows,
-            kind: Kind::Parts { parts, part_blocks },
+            kind: Kind::Parts {
+                in_cluster: false,
+                parts,
+                part_blocks: part.blocks,
+            },
             warps,
+            shares,
             shared_bytes,
         };
         (shared_bytes <= limits.shared_bytes).then_some((cost, division))
     }
+
+    /// One of so many parts of K, whoever joins their sums.
+    fn part(&self, shape: LaunchShape, parts: usize) -> Part {
+        let padded_rows = shape.rows.next_multiple_of(ROWS_OF_TILE);
+        let ranges = self.ranges / parts;
+        let blocks = self.blocks.div_ceil(parts);
+        let sum_bytes = padded_rows * ROW_SUM_BYTES;
+        let table_bytes = shape.matrices * ranges * shape.range_units * UNIT_ENTRY_BYTES;
+        Part {
+            blocks,
+            sum_bytes,
+            // Sums of ranges wait for their neighbours'.
+            warp_bytes: RING_BYTES + ranges / 2 * sum_bytes,
+            fixed_bytes: blocks * padded_rows * ROW_BLOCK_BYTES + table_bytes,
+        }
+    }
+}
+
+/// A part of K and what a CTA that has it takes of shared memory.
+struct Part {
+    /// Of the longest part.
+    blocks: usize,
+    /// Of a warp's sums of a tile.
+    sum_bytes: usize,
+    /// Of each warp: its ring, and sums that wait.
+    warp_bytes: usize,
+    /// Of all warps: rows and tables.
+    fixed_bytes: usize,
 }
 
 /// What a device gives a launch.
@@ -394,208 +420,4 @@ pub(crate) fn partial_bytes(rows: usize) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Dynamic shared memory of CTAs of compute capabilities 8.6, 8.0 and 9.0.
-    const SHARED_BYTES: [usize; 3] = [97 * 1024, 161 * 1024, 225 * 1024];
-
-    #[test]
-    fn every_block_belongs_to_one_warp() {
-        for shared_bytes in SHARED_BYTES {
-            for blocks in [1, 2, 3, 5, 18, 31, 64, 128, 344, 896, 65_535] {
-                let plan = Plan::of(blocks, shared_bytes);
-                assert!(plan.ranges.is_power_of_two() && plan.ranges <= MOST_WARPS);
-                let mut next = 0;
-                for range in 0..plan.ranges {
-                    assert_eq!(plan.range_start(range), next);
-                    let end = plan.range_start(range + 1);
-                    assert!(end > next && end - next <= plan.range_blocks);
-                    next = end;
-                }
-                assert_eq!(next, blocks);
-                assert!(blocks * plan.ranges < i32::MAX as usize);
-            }
-        }
-    }
-
-    #[test]
-    fn launches_fit_and_take_all_rows() {
-        for shared_bytes in SHARED_BYTES {
-            let is_hopper = shared_bytes == SHARED_BYTES[2];
-            let limits = Limits {
-                shared_bytes,
-                multiprocessors: 100,
-                is_hopper,
-                clusters: if is_hopper { 11 } else { 0 },
-            };
-            for blocks in [1, 2, 18, 64, 128, 344, 896, 1664] {
-                let plan = Plan::of(blocks, shared_bytes);
-                for (matrices, tiles) in [(1, 1), (3, 384), (MOST_MATRICES, 5000)] {
-                    for all in [1, 7, 8, 9, 16, 17, 24, 25, 32, 33, 64, 100, 128] {
-                        let mut left = all;
-                        while left > 0 {
-                            let shape = LaunchShape {
-                                rows: left,
-                                matrices,
-                                tiles,
-                                range_units: plan.range_blocks,
-                                is_gated: false,
-                            };
-                            // Those that do not fit together are multiplied one by one.
-                            let alone = LaunchShape {
-                                matrices: 1,
-                                ..shape
-                            };
-                            let division = plan
-                                .divide(shape, limits)
-                                .or_else(|| plan.divide(alone, limits))
-                                .unwrap();
-                            check(&plan, &division, limits);
-                            left -= division.rows;
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    fn check(plan: &Plan, division: &Division, limits: Limits) {
-        assert!((1..=ROWS_OF_LAUNCH).contains(&division.rows));
-        assert!(division.shared_bytes <= limits.shared_bytes, "{division:?}");
-        assert!((1..=MOST_WARPS).contains(&division.warps));
-        match division.kind {
-            Kind::Few { tile_buffers } => {
-                assert!(division.rows <= ROWS_OF_TILE && division.warps == plan.ranges);
-                assert!((1..=MOST_TILE_BUFFERS).contains(&tile_buffers));
-            }
-            Kind::Cluster {
-                part_blocks,
-                clusters,
-            } => {
-                assert!((1..=limits.clusters).contains(&clusters));
-                assert_eq!(plan.ranges, CLUSTER_PARTS * CLUSTER_RANGES);
-                assert!(division.rows <= 8 || division.warps <= 12);
-                for part in 0..CLUSTER_PARTS {
-                    let start = plan.range_start(part * CLUSTER_RANGES);
-                    let end = plan.blocks * (part + 1) / CLUSTER_PARTS;
-                    assert_eq!(start, plan.blocks * part / CLUSTER_PARTS);
-                    assert!(end - start <= part_blocks);
-                }
-            }
-            Kind::Parts { parts, part_blocks } => {
-                assert!(parts.is_power_of_two() && parts <= plan.ranges);
-                assert!(plan.ranges / parts <= MOST_PART_RANGES);
-                assert!(division.rows <= 8 || division.warps <= 12);
-                assert!(division.rows <= 16 || limits.is_hopper || division.warps <= 8);
-                for part in 0..parts {
-                    let start = plan.blocks * part / parts;
-                    let end = plan.blocks * (part + 1) / parts;
-                    assert_eq!(start, plan.range_start(part * plan.ranges / parts));
-                    assert!(end - start <= part_blocks);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn usual_shapes_are_divided_as_the_kernels_were_made_for() {
-        let limits = Limits {
-            shared_bytes: SHARED_BYTES[2],
-            multiprocessors: 132,
-            is_hopper: true,
-            clusters: 0,
-        };
-        let division = |blocks, tiles, rows, limits: Limits| {
-            let plan = Plan::of(blocks, limits.shared_bytes);
-            let shape = LaunchShape {
-                rows,
-                matrices: 1,
-                tiles,
-                range_units: plan.range_blocks.div_ceil(4),
-                is_gated: false,
-            };
-            let division = plan.divide(shape, limits).unwrap();
-            match division.kind {
-                Kind::Few { .. } => (division.rows, division.warps, 0),
-                Kind::Cluster { clusters, .. } => (division.rows, division.warps, clusters * 100),
-                Kind::Parts { parts, .. } => (division.rows, division.warps, parts),
-            }
-        };
-        assert_eq!(division(128, 384, 1, limits), (1, 16, 0));
-        assert_eq!(division(128, 384, 8, limits), (8, 16, 0));
-        assert_eq!(division(344, 128, 8, limits), (8, 16, 16));
-        assert_eq!(division(128, 384, 16, limits), (16, 12, 4));
-        assert_eq!(division(128, 384, 32, limits), (32, 12, 4));
-        assert_eq!(division(128, 128, 32, limits), (32, 12, 8));
-        assert_eq!(division(344, 128, 32, limits), (32, 12, 8));
-        assert_eq!(division(688, 256, 32, limits), (32, 12, 16));
-        assert_eq!(division(128, 384, 33, limits), (17, 12, 4));
-        let limits = Limits {
-            clusters: 15,
-            ..limits
-        };
-        assert_eq!(division(128, 384, 8, limits), (8, 16, 0));
-        assert_eq!(division(344, 128, 8, limits), (8, 16, 16));
-        // A cluster has 26 tiles: three rounds of twelve warps. With 33 shares of four parts it would be one of twice
-        // as many blocks, and sums in memory.
-        assert_eq!(division(128, 384, 32, limits), (32, 12, 1500));
-        assert_eq!(division(128, 688, 32, limits), (32, 12, 1500));
-        assert_eq!(division(128, 128, 32, limits), (32, 9, 1500));
-        assert_eq!(division(64, 8, 32, limits), (32, 1, 800));
-        let gated = |blocks, tiles, rows, limits: Limits| {
-            let plan = Plan::of(blocks, limits.shared_bytes);
-            let shape = LaunchShape {
-                rows,
-                matrices: 2,
-                tiles,
-                range_units: plan.range_blocks.div_ceil(4),
-                is_gated: true,
-            };
-            let division = plan.divide(shape, limits)?;
-            Some((
-                division.warps,
-                matches!(division.kind, Kind::Cluster { .. }),
-            ))
-        };
-        assert_eq!(gated(128, 688, 8, limits), Some((16, false)));
-        assert_eq!(gated(128, 688, 9, limits), Some((12, true)));
-        assert_eq!(gated(128, 688, 16, limits), Some((12, true)));
-        assert_eq!(gated(128, 688, 17, limits), None);
-        // Thirty tiles of each are six rounds instead of five.
-        assert_eq!(gated(128, 896, 16, limits), None);
-        // As the conformance suite's, here and on a small GPU.
-        let small = Limits {
-            clusters: 2,
-            ..limits
-        };
-        for limits in [limits, small] {
-            assert_eq!(gated(32, 624, 9, limits), Some((12, true)));
-        }
-        // Its rows leave room for four warps.
-        assert_eq!(division(688, 256, 32, limits), (32, 12, 16));
-    }
-
-    #[test]
-    fn what_leaves_no_room_is_not_divided() {
-        let limits = Limits {
-            shared_bytes: SHARED_BYTES[2],
-            multiprocessors: 132,
-            is_hopper: true,
-            clusters: 16,
-        };
-        let plan = Plan::of(65_535, limits.shared_bytes);
-        assert!(!plan.can_be_divided(plan.range_blocks, limits));
-        let plan = Plan::of(6_000, limits.shared_bytes);
-        assert!(plan.can_be_divided(plan.range_blocks / 4, limits));
-    }
-
-    #[test]
-    fn every_tile_has_room_for_all_its_parts() {
-        assert_eq!(most_partials(1), 5 * MOST_WARPS);
-        assert_eq!(most_partials(128_256), MOST_PARTIALS);
-        assert!(most_partials(0) >= MOST_WARPS);
-        assert_eq!(partial_bytes(1), 8 * 128);
-        assert_eq!(partial_bytes(2048), 32 * 128);
-    }
-}
+mod tests;
