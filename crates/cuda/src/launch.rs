@@ -29,6 +29,22 @@ impl Launch {
             shared_bytes: 0,
         }
     }
+
+    /// As the driver takes it: on the default stream, without attributes.
+    pub(crate) fn config(&self) -> CUlaunchConfig {
+        CUlaunchConfig {
+            gridDimX: self.grid[0] as u32,
+            gridDimY: self.grid[1] as u32,
+            gridDimZ: self.grid[2] as u32,
+            blockDimX: self.block[0] as u32,
+            blockDimY: self.block[1] as u32,
+            blockDimZ: self.block[2] as u32,
+            sharedMemBytes: self.shared_bytes as u32,
+            hStream: std::ptr::null_mut(),
+            attrs: std::ptr::null_mut(),
+            numAttrs: 0,
+        }
+    }
 }
 
 impl CudaDevice {
@@ -72,16 +88,10 @@ impl CudaDevice {
         attribute.value.programmaticStreamSerializationAllowed = 1;
         let has_dependent_launch = context.info.capability >= (9, 0);
         let config = CUlaunchConfig {
-            gridDimX: launch.grid[0] as u32,
-            gridDimY: launch.grid[1] as u32,
-            gridDimZ: launch.grid[2] as u32,
-            blockDimX: launch.block[0] as u32,
-            blockDimY: launch.block[1] as u32,
-            blockDimZ: launch.block[2] as u32,
-            sharedMemBytes: launch.shared_bytes as u32,
             hStream: stream.handle(),
             attrs: &raw mut attribute,
             numAttrs: u32::from(has_dependent_launch),
+            ..launch.config()
         };
         let mut parameters = [std::ptr::from_ref(args).cast::<c_void>().cast_mut()];
         // SAFETY: the kernel takes one parameter, which the driver copies before it returns; the

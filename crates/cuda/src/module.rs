@@ -4,13 +4,12 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{
-    self, CUfunction, CUfunction_attribute, CUlaunchConfig, CUmodule, CUresult,
-};
+use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute, CUmodule, CUresult};
 use oxllama_kernels::UNITS;
 
 use crate::context::Context;
 use crate::error::CudaUnavailable;
+use crate::launch::Launch;
 use crate::origin::{Origin, no_code};
 
 /// Every unit, loaded on one GPU.
@@ -148,18 +147,11 @@ impl Modules {
         shared_bytes: usize,
     ) -> Result<usize, CudaUnavailable> {
         let grid = self.context.info.multiprocessors / ctas * ctas;
-        let config = CUlaunchConfig {
-            gridDimX: grid.max(ctas) as u32,
-            gridDimY: 1,
-            gridDimZ: 1,
-            blockDimX: threads as u32,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: shared_bytes as u32,
-            hStream: std::ptr::null_mut(),
-            attrs: std::ptr::null_mut(),
-            numAttrs: 0,
+        let launch = Launch {
+            shared_bytes,
+            ..Launch::linear(grid.max(ctas), threads)
         };
+        let config = launch.config();
         let mut clusters = 0;
         // SAFETY: the function is a module's; the driver reads the structure and writes one number.
         let code = unsafe {
